@@ -1,0 +1,54 @@
+"""The command line's outermost frame: runs the app and turns an error into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from surgery.errors import SurgeryError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `surgery` with the given arguments, by default the process's.
+
+    Returns:
+        The exit code: 0; 1 after an error, which is one sentence on standard error; 130 after Ctrl-C.
+    """
+    from surgery.commands import app
+
+    try:
+        code = app(args=arguments, prog_name="surgery", standalone_mode=False)
+    except SurgeryError as error:
+        return _fail(str(error))
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        return 1
+    except MemoryError:
+        return _fail("Not enough memory for the largest tensor. Try --workers 1.")
+    except OSError as error:
+        return _fail(f"{error.filename or 'The operating system'}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        # Wrong usage. Which class that is depends on typer's version.
+        if type(error).__name__ == "Abort":
+            code = INTERRUPTED
+        elif hasattr(error, "format_message"):
+            command = getattr(getattr(error, "ctx", None), "command_path", "surgery")
+            return _fail(f"{error.format_message().rstrip('.')}. See `{command} --help`.")
+        else:
+            raise
+    if code == INTERRUPTED:
+        print("Stopped; nothing was left behind.", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

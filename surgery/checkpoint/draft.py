@@ -1,0 +1,341 @@
+"""The output while it is being written: it appears at once or not at all.
+
+A run fills a hidden sibling of the output folder, `.NAME.surgery-draft`, and renames it when everything in it is on disk. Until
+then its shards have no header, so that no loader accepts them. A journal says which tensors are complete and durable: a tensor
+is entered after its bytes were synced, so a killed run, or a machine that lost power, can be resumed where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.header import Tensor, encode_header
+from surgery.errors import OutputError
+
+JOURNAL = "surgery-journal.jsonl"
+REPORT = "surgery-report.json"
+SYNC_SECONDS = 0.5
+WRITE_BYTES = 1 << 20
+
+
+def check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> Path:
+    """The real path of the output folder, if it may be written.
+
+    Raises:
+        OutputError: it is, lies in, or contains an input; or it exists and `force` is not given, or is no checkpoint.
+    """
+    out = Path(os.path.realpath(out.expanduser()))
+    for folder in inputs:
+        real = Path(os.path.realpath(folder))
+        if out == real or real in out.parents:
+            raise OutputError(
+                f"{out}: the output is inside the input {folder}, which is never written to. Choose another --out."
+            )
+        if out in real.parents:
+            raise OutputError(f"{out}: the output contains the input {folder}. Choose another --out.")
+    if not out.exists():
+        return out
+    if not out.is_dir():
+        raise OutputError(f"{out}: is a file. Choose another --out.")
+    if not force:
+        raise OutputError(f"{out}: exists already. Replace it with --force or choose another --out.")
+    names = os.listdir(out)  # noqa: PTH208
+    if names and not any(name in (REPORT, "config.json") or name.endswith(".safetensors") for name in names):
+        raise OutputError(
+            f"{out}: --force replaces only a checkpoint, and this folder holds none. Choose another --out."
+        )
+    return out
+
+
+class Draft:
+    """The folder that becomes the output.
+
+    Use it as a context manager: leaving it without `commit` removes it, so that an error or Ctrl-C leaves nothing behind.
+
+    Args:
+        out: the output folder, checked.
+        shards: for each file name, its tensors in the order of their data, and the header's metadata.
+        identity: what the run is: inputs, method, options. A draft is resumed only by the same run.
+        resume: continue the draft of a killed run.
+
+    Raises:
+        OutputError: another run writes it, it cannot be resumed, or the disk is too small or not writable.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        shards: Mapping[str, tuple[Sequence[Tensor], dict[str, str]]],
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+    ) -> None:
+        self.out = out
+        self.folder = out.with_name(f".{out.name}.surgery-draft")
+        self.identity = json.loads(json.dumps(identity))
+        self.headers: dict[str, bytes] = {}
+        self.tensors: dict[str, tuple[str, Tensor]] = {}
+        self.sizes: dict[str, int] = {}
+        for name, (tensors, metadata) in shards.items():
+            self.headers[name], placed = encode_header(list(tensors), metadata)
+            self.tensors |= {tensor.name: (name, tensor) for tensor in placed.values()}
+            self.sizes[name] = len(self.headers[name]) + sum(tensor.nbytes for tensor in tensors)
+        self.done: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, int] = {}
+        self.locks = {name: threading.Lock() for name in shards}
+        self.pending: list[tuple[str, dict[str, Any]]] = []
+        self.made: list[Path] = []
+        self.stop = threading.Event()
+        self.syncing = threading.Lock()
+        self.failure: OSError | None = None
+        self.committed = False
+        with _explained(self.folder):
+            self._make_folder()
+            self._open_journal(resume)
+            try:
+                self._open_shards()
+            except BaseException:
+                self._discard()
+                raise
+        self.syncer = threading.Thread(target=self._sync_now_and_then, daemon=True)
+        self.syncer.start()
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_syncer()
+        if not self.committed:
+            self._discard()
+
+    def sink(self, name: str) -> Sink:
+        """Where the bytes of a tensor go."""
+        shard, tensor = self.tensors[name]
+        return Sink(self.files[shard], tensor.begin, self.locks[shard])
+
+    def finish(self, name: str, record: dict[str, Any]) -> None:
+        """Enter a tensor whose bytes were all written, with what the report says of it."""
+        if self.failure is not None:
+            raise self.failure
+        self.done[name] = record
+        self.pending.append((name, record))
+
+    def commit(self, files: Mapping[str, bytes], copies: Mapping[str, Path]) -> None:
+        """Add headers, files and copies, make everything durable, and let the output appear.
+
+        Args:
+            files: name -> content.
+            copies: name in the output, which may have a folder in it -> file to copy.
+        """
+        self._stop_syncer()
+        with _explained(self.folder):
+            if self.failure is not None:
+                raise self.failure
+            for name, path in copies.items():
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+                _sync_file(target)
+            for name, content in files.items():
+                (self.folder / name).write_bytes(content)
+                _sync_file(self.folder / name)
+            for name, header in self.headers.items():
+                _write(self.files[name], header, 0)
+                os.fsync(self.files[name])
+            self._close()
+            (self.folder / JOURNAL).unlink()
+            _sync_folder(self.folder)
+            self._appear()
+        self.committed = True
+
+    def _appear(self) -> None:
+        old = self.out.with_name(f".{self.out.name}.surgery-old")
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        try:
+            self.folder.rename(self.out)
+        except OSError:
+            if old.exists():
+                old.rename(self.out)
+            raise
+        _sync_folder(self.out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _make_folder(self) -> None:
+        missing = self.folder.parent
+        while not missing.exists():
+            self.made.append(missing)
+            missing = missing.parent
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _open_journal(self, resume: bool) -> None:
+        path = self.folder / JOURNAL
+        # "a" creates without truncating: the lock comes before the first change.
+        self.journal = path.open("a+b")
+        if not _lock(self.journal.fileno()):
+            self.journal.close()
+            raise OutputError(f"{self.out}: another surgery run is writing it. Wait for it or choose another --out.")
+        self.journal.seek(0)
+        lines = self.journal.read().split(b"\n")
+        try:
+            found, records = json.loads(lines[0]), _records(lines[1:])
+        except ValueError:
+            found, records = None, {}
+        if resume and found is not None and found != self.identity:
+            self.journal.close()
+            changed = ", ".join(
+                sorted(key for key in {**self.identity, **found} if found.get(key) != self.identity.get(key))
+            )
+            raise OutputError(
+                f"{self.out}: --resume needs the run that was stopped, but this one has another {changed}. Repeat that command, or "
+                "start afresh without --resume."
+            )
+        if resume and found is not None:
+            self.done = {name: record for name, record in records.items() if name in self.tensors}
+        else:
+            for leftover in self.folder.iterdir():
+                if leftover.name != JOURNAL:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.journal.truncate(0)
+        self._enter([(name, record) for name, record in self.done.items()], identity=True)
+
+    def _open_shards(self) -> None:
+        for name, size in self.sizes.items():
+            self.files[name] = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        written = sum(os.fstat(file).st_blocks * 512 for file in self.files.values())
+        needed, free = sum(self.sizes.values()), shutil.disk_usage(self.folder).free
+        if needed > free + written:
+            raise OutputError(
+                f"{self.out}: the disk has {free + written:,} bytes free, the output needs {needed:,}. Make room or choose another "
+                "--out."
+            )
+        for name, size in self.sizes.items():
+            os.ftruncate(self.files[name], size)
+
+    def _sync_now_and_then(self) -> None:
+        while not self.stop.wait(SYNC_SECONDS):
+            try:
+                self._sync()
+            except OSError as error:
+                self.failure = error
+                return
+
+    def _sync(self) -> None:
+        count = len(self.pending)
+        entries, self.pending[:count] = self.pending[:count], []
+        if entries:
+            for name in {self.tensors[tensor][0] for tensor, _ in entries}:
+                os.fsync(self.files[name])
+            self._enter(entries)
+
+    def _enter(self, entries: Sequence[tuple[str, dict[str, Any]]], *, identity: bool = False) -> None:
+        lines = [self.identity] if identity else []
+        lines += [{"tensor": name, "record": record} for name, record in entries]
+        self.journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self.journal.flush()
+        os.fsync(self.journal.fileno())
+
+    def _stop_syncer(self) -> None:
+        self.stop.set()
+        self.syncer.join()
+
+    def _close(self) -> None:
+        for file in self.files.values():
+            os.close(file)
+        self.files = {}
+        self.journal.close()
+
+    def _discard(self) -> None:
+        self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+class Sink:
+    """The place of one tensor in its shard."""
+
+    def __init__(self, file: int, begin: int, lock: threading.Lock) -> None:
+        self.file, self.begin, self.lock = file, begin, lock
+
+    def write(self, offset: int, data: Any) -> None:
+        """Put bytes at an offset from the tensor's first byte."""
+        view = memoryview(data).cast("B")
+        # One writer a file: the kernel's own lock would let the others spin.
+        for start in range(0, len(view), WRITE_BYTES):
+            with self.lock:
+                _write(self.file, view[start : start + WRITE_BYTES], self.begin + offset + start)
+
+
+def _write(file: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _records(lines: list[bytes]) -> dict[str, dict[str, Any]]:
+    """The journal's entries up to the first line that was cut short."""
+    records = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        records[entry["tensor"]] = entry["record"]
+    return records
+
+
+def _lock(file: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no such lock on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, folder) from error
+
+
+def explain(error: OSError, folder: Path) -> OutputError:
+    """An operating system's error while writing, as a sentence with a way out."""
+    import errno
+
+    where = error.filename or folder
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{folder}: the disk is full. Make room or choose another --out; nothing was left behind.")
+    if isinstance(error, PermissionError):
+        return OutputError(f"{where}: no permission to write there. Choose another --out.")
+    return OutputError(f"{where}: {error.strerror or error}. Nothing was left behind.")

@@ -1,0 +1,181 @@
+"""The safetensors container: what a file says it holds, checked against what it can hold.
+
+A file is an 8-byte little-endian length N, N bytes of JSON, then the data. The JSON maps a tensor's name to its dtype, shape
+and `data_offsets` [begin, end) from the end of the header. Nothing here reads data; nothing in a header is believed before it
+was compared with the size of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError
+
+# The limit of the reference implementation.
+MAX_HEADER = 100_000_000
+
+FLOAT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
+INTEGER_BITS = {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}
+QUANTIZED_BITS = {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+BITS = {**FLOAT_BITS, **INTEGER_BITS, **QUANTIZED_BITS, "C64": 64}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One stored tensor: its type and shape, and the bytes [begin, end) of its file that hold it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    end: int
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_BITS
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype in QUANTIZED_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one safetensors file holds: tensors in the order of their data, and the free-form metadata."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, not readable, truncated, or its header contradicts itself or the file's size.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{path}: truncated or not a safetensors file: its header should be {length:,} bytes long, the file has "
+                    f"{size:,}. Download or save it again."
+                )
+            if length > MAX_HEADER:
+                raise CheckpointError(f"{path}: the header claims {length:,} bytes, more than safetensors allows.")
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file. Download or save the checkpoint again.") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    return _check(path, _parse(path, raw), data_start=8 + length, size=size)
+
+
+def encode_header(tensors: list[Tensor], metadata: dict[str, str]) -> tuple[bytes, dict[str, Tensor]]:
+    """Lay tensors out back to back, in the order given, behind a new header.
+
+    Returns:
+        The bytes of the length field and the header, padded to 8 bytes as the format wants, and the tensors at their new
+        offsets (their `path` is left as it was).
+    """
+    layout: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        layout[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(layout, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    placed = {}
+    for tensor in tensors:
+        begin, end = layout[tensor.name]["data_offsets"]
+        placed[tensor.name] = Tensor(tensor.name, tensor.dtype, tensor.shape, tensor.path, start + begin, start + end)
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) != len(pairs):
+            raise CheckpointError(f"{path}: the header names a tensor twice. Save the checkpoint again.")
+        return names
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one: its header is not JSON.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object.")
+    return header
+
+
+def _check(path: Path, header: dict[str, Any], *, data_start: int, size: int) -> Header:
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the header's __metadata__ is not a map of strings.")
+    tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    position = data_start
+    for tensor in tensors:
+        if tensor.end > size:
+            raise CheckpointError(
+                f"{path}: truncated: tensor {tensor.name} should end at byte {tensor.end:,}, the file has {size:,}. "
+                "Download or save it again."
+            )
+        if tensor.begin != position:
+            fault = "overlaps the tensor before it" if tensor.begin < position else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {tensor.name} {fault}: the header is damaged. Save it again.")
+        position = tensor.end
+    if position != size:
+        raise CheckpointError(f"{path}: {size - position:,} bytes follow the last tensor: the header is damaged.")
+    return Header(path, {tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        well_formed = all(type(number) is int and number >= 0 for number in numbers) and isinstance(dtype, str)
+    except (TypeError, KeyError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise CheckpointError(f"{path}: the header's entry for tensor {name} is damaged. Save the checkpoint again.")
+    if dtype not in BITS:
+        raise CheckpointError(f"{path}: tensor {name} has the type {dtype}, which surgery does not know.")
+    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
+        raise CheckpointError(
+            f"{path}: tensor {name} should take {math.prod(shape) * BITS[dtype] // 8:,} bytes ({dtype} {list(shape)}), its "
+            f"offsets span {end - begin:,}: the header is damaged."
+        )
+    return Tensor(name, dtype, tuple(shape), path, data_start + begin, data_start + end)

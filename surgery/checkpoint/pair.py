@@ -1,0 +1,169 @@
+"""Two checkpoints held against each other: each tensor of ft with the one of pre that it came from.
+
+Everything that can be refused about a pair is refused here, from headers alone, before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from surgery.checkpoint.header import Tensor
+from surgery.checkpoint.source import Checkpoint
+from surgery.errors import CheckpointError, PairError
+from surgery.layout import Place, place
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tensor of ft, its place in the model, and its base in pre (None where only ft has it)."""
+
+    ft: Tensor
+    pre: Tensor | None
+    place: Place
+
+    @property
+    def editable(self) -> bool:
+        """Whether a method may touch it: paired, floating point, and of a known category."""
+        return self.pre is not None and self.ft.is_float and self.place.category != "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both checkpoints, ft's tensors in the order of its shards, and what the user should know about the pairing."""
+
+    pre: Checkpoint
+    ft: Checkpoint
+    items: list[Item]
+    notes: list[str]
+
+
+def pair(pre: Checkpoint, ft: Checkpoint) -> Pair:
+    """Pair every tensor of ft with its base.
+
+    A model saved with and without its head differs by a prefix ("h.0.…" and "transformer.h.0.…"), which is bridged. A head
+    that only ft stores is paired with pre's token embedding when pre has no head at all, since pre's is tied to it.
+
+    Raises:
+        CheckpointError: quantized weights.
+        PairError: shapes or kinds of numbers differ, ft lacks a weight that pre has, or nothing is shared.
+    """
+    for checkpoint in (pre, ft):
+        for tensor in checkpoint.tensors.values():
+            _refuse_quantized(tensor)
+    names, prefix_note = _align(pre.tensors, ft.tensors)
+    base = {name: pre.tensors[names[name]] for name in ft.tensors if name in names}
+    notes = [prefix_note] if prefix_note else []
+    if not base:
+        raise PairError(
+            f"{pre.folder} and {ft.folder} have no tensor name in common, such as {next(iter(ft.tensors))}: "
+            "they are not the same model."
+        )
+    notes += _tie_head(pre, ft, base)
+    for name, tensor in ft.tensors.items():
+        if name in base:
+            _refuse_mismatch(base[name], tensor)
+    used = {tensor.name for tensor in base.values()}
+    notes += _one_sided(
+        pre, ft, [name for name in pre.tensors if name not in used], [n for n in ft.tensors if n not in base]
+    )
+    items = [
+        Item(tensor, base.get(name), place(name))
+        for header in ft.shards.values()
+        for name, tensor in header.tensors.items()
+        if ft.tensors[name] is tensor
+    ]
+    unknown = [item.ft.name for item in items if item.place.category == "other" and not item.place.buffer]
+    if unknown:
+        notes.append(f"{_some(unknown, 'has a name', 'have names')} that surgery does not know: kept as in ft.")
+    return Pair(pre, ft, items, notes)
+
+
+def _refuse_quantized(tensor: Tensor) -> None:
+    where = place(tensor.name)
+    stored_as_codes = (
+        not tensor.is_float and not where.buffer and (where.layer is not None or where.category != "other")
+    )
+    if tensor.is_quantized or stored_as_codes:
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name} is quantized ({tensor.dtype}), so its numbers are codes. Dequantize the model to "
+            "bfloat16 first."
+        )
+
+
+def _align(pre: Mapping[str, Tensor], ft: Mapping[str, Tensor]) -> tuple[dict[str, str], str | None]:
+    """Names in ft -> names in pre, by a prefix that one side has and the other lacks where that matches more."""
+    same = {name: name for name in ft if name in pre}
+    if len(same) == len(ft):
+        return same, None
+    best, note = same, None
+    for prefix in sorted(_prefixes(pre) | _prefixes(ft)):
+        added = {name: prefix + name for name in ft if prefix + name in pre}
+        removed = {name: name[len(prefix) :] for name in ft if name.startswith(prefix) and name[len(prefix) :] in pre}
+        for names, side in ((added, "ft"), (removed, "pre")):
+            if len(names) > len(best):
+                best, note = names | same, f"Names in {side} lack the prefix {prefix!r}: paired without it."
+    return best, note
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """The first one, two and three segments of the names of layers: "model.", "model.decoder."."""
+    found = set()
+    for name in names:
+        head = name.split(".")[:3]
+        found.update(".".join(head[:count]) + "." for count in range(1, len(head)))
+    return found
+
+
+def _tie_head(pre: Checkpoint, ft: Checkpoint, base: dict[str, Tensor]) -> list[str]:
+    if any(place(name).category == "head" and len(tensor.shape) == 2 for name, tensor in pre.tensors.items()):
+        return []
+    embeddings = {
+        tensor.shape: tensor for name, tensor in reversed(pre.tensors.items()) if place(name).category == "embedding"
+    }
+    notes = []
+    for name, tensor in ft.tensors.items():
+        if (
+            name not in base
+            and place(name).category == "head"
+            and len(tensor.shape) == 2
+            and tensor.shape in embeddings
+        ):
+            base[name] = embeddings[tensor.shape]
+            notes.append(f"pre stores no {name}: paired with {base[name].name}, to which pre's head is tied.")
+    return notes
+
+
+def _refuse_mismatch(pre: Tensor, ft: Tensor) -> None:
+    if pre.shape != ft.shape:
+        raise PairError(
+            f"{ft.name} has shape {list(ft.shape)} in {ft.path} and {list(pre.shape)} in {pre.path}. The two must be the same "
+            "model: check --pre."
+        )
+    if pre.is_float != ft.is_float:
+        raise PairError(
+            f"{ft.name} is {ft.dtype} in {ft.path} and {pre.dtype} in {pre.path}: one side holds no floating-point numbers."
+        )
+
+
+def _one_sided(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], ft_only: list[str]) -> list[str]:
+    for name in pre_only:
+        where = place(name)
+        if not where.buffer and (where.layer is not None or where.category == "embedding"):
+            raise PairError(
+                f"{name} is in {pre.tensors[name].path} but missing from {ft.folder}: ft is incomplete or another model. Save "
+                "it again in full."
+            )
+    notes = []
+    if ft_only:
+        notes.append(f"{_some(ft_only, 'is', 'are')} in ft alone: copied.")
+    left_out = [name for name in pre_only if not place(name).buffer]
+    if left_out:
+        notes.append(f"{_some(left_out, 'is', 'are')} in pre alone: left out, as in ft.")
+    return notes
+
+
+def _some(names: list[str], one: str, many: str) -> str:
+    """The first names of a list, for a sentence."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} {one if len(names) == 1 else many}"

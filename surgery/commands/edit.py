@@ -1,0 +1,193 @@
+"""The commands that write an edited checkpoint: fapm, magnitude, half-reset, hma."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgery.errors import OptionError
+
+if TYPE_CHECKING:
+    from surgery.methods import Method
+    from surgery.methods.scope import Scope
+
+Sparsity = Annotated[float, typer.Option(help="Share of each tensor's entries that goes back to pre, from 0 to 1.")]
+ScopeName = Annotated[
+    str,
+    typer.Option(
+        "--scope",
+        help="Tensors to prune: [b]all[/b] (attention, feed-forward, embedding, head) or [b]linear[/b] (attention, "
+        "feed-forward). Routers, norms and biases are in neither.",
+    ),
+]
+Rest = Annotated[str, typer.Option(help="What becomes of tensors out of scope: [b]ft[/b] or [b]pre[/b].")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Prune only tensors whose name this regular expression matches somewhere. Repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Leave out tensors whose name this regular expression matches. Repeatable.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    for name, make_method in (("fapm", _fapm), ("magnitude", _magnitude), ("half-reset", _half_reset), ("hma", _hma)):
+        app.command(name)(_with_common_options(make_method))
+
+
+def _fapm(
+    sparsity: Sparsity = 0.9,
+    scope: ScopeName = "all",
+    rest: Rest = "ft",
+    include: Include = None,
+    exclude: Exclude = None,
+) -> "Method":
+    """Prune the task vector by FAPM's score: how far a weight moved, less how far it moved for its size.
+
+    S = |Δ| − mean(|W_pre|) · |Δ| / |W_pre|, the lowest go back to pre. An entry with Δ = 0 scores 0; one with W_pre = 0 and
+    Δ ≠ 0 goes first. Per tensor, round(sparsity · n) entries go, and with them those tied with the last.
+    """
+    from surgery.methods.fapm import Fapm
+
+    return Fapm(sparsity, _scope(scope, rest, include, exclude))
+
+
+def _magnitude(
+    sparsity: Sparsity = 0.9,
+    scope: ScopeName = "all",
+    rest: Rest = "ft",
+    include: Include = None,
+    exclude: Exclude = None,
+) -> "Method":
+    """Prune the task vector by magnitude: the weights that moved least go back to pre.
+
+    S = |Δ|. Per tensor, round(sparsity · n) entries go, and with them those tied with the last.
+    """
+    from surgery.methods.magnitude import Magnitude
+
+    return Magnitude(sparsity, _scope(scope, rest, include, exclude))
+
+
+def _half_reset(
+    ratio: Annotated[float, typer.Option(help="Share of the block tensors that is reset, from 0 to 1.")] = 0.5,
+    level: Annotated[
+        str,
+        typer.Option(
+            help="[b]category[/b]: a half of each layer's attention, feed-forward and norm tensors. [b]layer[/b]: every other "
+            "layer. [b]model[/b]: a half of all block matrices."
+        ),
+    ] = "category",
+    seed: Annotated[int, typer.Option(help="Which half. The same seed gives the same tensors on any machine.")] = 0,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Reset a group outside the blocks too: embedding, head or norm (the final one). Repeatable."),
+    ] = None,
+) -> "Method":
+    """Reset a random half of the block tensors to pre, as a whole.
+
+    A bias goes with its weight. Embedding, head, final norm and routers stay ft.
+    """
+    from surgery.methods.half_reset import HalfReset
+
+    return HalfReset(ratio, level, seed, tuple(also or ()))
+
+
+def _hma(
+    ratios: Annotated[
+        str,
+        typer.Option(
+            help="Weight of pre in each part of the model, from input to output: 0.3,0.2,0.1. One number averages all."
+        ),
+    ] = "0.5",
+) -> "Method":
+    """Average pre and ft, with a weight of its own for each part of the depth.
+
+    out = α · pre + (1 − α) · ft. Embeddings belong to the first part, final norm and head to the last.
+    """
+    from surgery.methods.hma import Hma
+
+    try:
+        numbers = tuple(float(word) for word in ratios.split(","))
+    except ValueError:
+        raise OptionError(
+            f"--ratios takes numbers with commas between them, such as 0.3,0.2,0.1, not {ratios!r}."
+        ) from None
+    return Hma(numbers)
+
+
+def _scope(scope: str, rest: str, include: list[str] | None, exclude: list[str] | None) -> "Scope":
+    from surgery.methods.scope import Scope
+
+    return Scope(scope, rest, tuple(include or ()), tuple(exclude or ()))
+
+
+def _edit(
+    method: "Method",
+    pre: Annotated[
+        str,
+        typer.Option(
+            help="The pre-trained model: a folder, or a hub id with an optional @revision.", show_default=False
+        ),
+    ],
+    ft: Annotated[str, typer.Option(help="The fine-tuned model, likewise.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder.", show_default="beside ft, named after the method")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at the output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf of edited tensors pass.")
+    ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda or cuda:N. [b]auto[/b] is the processor: it keeps up with its disk, so a GPU waits too."
+        ),
+    ] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Threads.", show_default="one for each core, at most 8")] = None,
+) -> None:
+    from surgery import display
+    from surgery.edit import prepare, run
+
+    job = prepare(pre, ft, method, out=out, force=force)
+    if dry_run:
+        display.show_plan(job, as_json=as_json)
+        return
+    with display.progress(job.reading) as advance:
+        report = run(
+            job,
+            device=device,
+            workers=workers,
+            resume=resume,
+            allow_nonfinite=allow_nonfinite,
+            command=["surgery", *sys.argv[1:]],
+            advance=advance,
+        )
+    display.show_report(report, job.out, as_json=as_json)
+
+
+def _with_common_options(make_method: "Callable[..., Method]") -> Callable[..., None]:
+    """A command whose options are a method's own and, around them, those of every edit."""
+    own = inspect.signature(make_method).parameters
+    common = dict(inspect.signature(_edit).parameters)
+    del common["method"]
+
+    def command(**values: Any) -> None:
+        method = make_method(**{name: values.pop(name) for name in own})
+        _edit(method, **values)
+
+    inputs = [common.pop("pre"), common.pop("ft")]
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in [*inputs, *own.values(), *common.values()]
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = make_method.__doc__
+    return command

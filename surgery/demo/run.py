@@ -1,0 +1,211 @@
+"""`surgery demo`: make a real pair that has forgotten, edit it with each method, and show what was measured.
+
+Nothing is downloaded, and nothing is chosen by its result: the model, the skills and the two training runs are fixed by
+what the pre-trained and the fine-tuned model score, and each method's row is what came out.
+"""
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from surgery.demo.skills import NEW_SKILL, evaluation_items, general_skills
+from surgery.demo.table import Row, results_table
+from surgery.errors import OutputError, SurgeryError
+
+DEFAULT_OUT = Path("surgery-demo")
+
+# More threads than this slow a model of this size down: its matrices are a few hundred wide.
+MAX_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """One row of the table that a method makes: its name there, the method, and the options it is given."""
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return self.label.lower().replace(" ", "-")
+
+
+# Each method at its own default; the pruning methods at a milder sparsity too, since 0.9 is the papers' value for
+# models of billions of parameters; and both uses of averaging.
+SURGERIES = (
+    Surgery("FAPM 0.9", "fapm", {"sparsity": 0.9}),
+    Surgery("FAPM 0.5", "fapm", {"sparsity": 0.5}),
+    Surgery("Magnitude 0.9", "magnitude", {"sparsity": 0.9}),
+    Surgery("Magnitude 0.5", "magnitude", {"sparsity": 0.5}),
+    Surgery("Half-Reset", "half-reset"),
+    Surgery("HMA 0.3,0.2,0.1", "hma", {"ratios": (0.3, 0.2, 0.1)}),
+    Surgery("HMA 0.5", "hma", {"ratios": (0.5,)}),
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work the demo does: steps of the two training runs, evaluation items a skill."""
+
+    pre_training_steps: int = 850
+    fine_tuning_steps: int = 250
+    items: int = 200
+
+
+def demo(
+    out: Path,
+    console: Console,
+    edit: Callable[..., object],
+    seed: int = 0,
+    effort: Effort = Effort(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Train a pair, edit it with each of `SURGERIES`, print the table, and return the numbers.
+
+    Args:
+        out: folder for the checkpoints (`pre`, `ft`, one for each method) and `demo.json`; new or empty.
+        console: where progress and the table go.
+        edit: runs a method, as `edit(pre, ft, out, method, **options)`, and writes a checkpoint to the new folder `out`.
+        seed: of the facts, the initial weights and the batches.
+        effort: how much to train and evaluate.
+
+    Returns:
+        What `demo.json` holds: "rows" (label, folder, accuracy by skill from 0 to 1, distance), "seconds" by phase,
+        "parameters", "threads", "seed", "torch" and "transformers" (versions).
+
+    Raises:
+        OutputError: `out` exists and is not an empty folder, or cannot be made.
+        SurgeryError: transformers is not installed.
+    """
+    _check_transformers()
+    _make_folder(out)
+    # Only now: these modules need transformers.
+    import torch
+    import transformers
+
+    from surgery.demo import train
+    from surgery.demo.evaluate import accuracies, distance
+
+    general = general_skills(seed)
+    questions = {skill.name: evaluation_items(skill, effort.items) for skill in (*general, NEW_SKILL)}
+    seconds: dict[str, float] = {}
+    rows: list[Row] = []
+
+    def measure(label: str, folder: str) -> None:
+        with _timed(seconds, "evaluation"):
+            skills = accuracies(out / folder, questions)
+            downstream = skills.pop(NEW_SKILL.name)
+            rows.append(Row(label, folder, skills, downstream, distance(out / "pre", out / folder)))
+
+    with _quiet_training(torch, transformers) as threads:
+        model = train.new_model(seed)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        names = ", ".join(skill.name for skill in general)
+        console.print(f"A new Llama of {parameters:,} parameters, {threads} threads. Skills: {names}.", highlight=False)
+        with _timed(seconds, "pre-training"), _steps(console, "pre-training", effort.pre_training_steps) as advance:
+            schedule = train.Schedule(effort.pre_training_steps, train.PRE_TRAINING_RATE)
+            train.train(model, general, schedule, seed, advance)
+            train.save(model, out / "pre")
+        measure("Pre-trained", "pre")
+        _say(console, f"Pre-trained in {seconds['pre-training']:.0f} s: general average {rows[0].general:.3f}.")
+
+        with _timed(seconds, "fine-tuning"), _steps(console, "fine-tuning", effort.fine_tuning_steps) as advance:
+            schedule = train.Schedule(effort.fine_tuning_steps, train.FINE_TUNING_RATE)
+            train.train(model, [NEW_SKILL], schedule, seed + 1, advance)
+            train.save(model, out / "ft")
+        measure("Fine-tuned", "ft")
+        _say(
+            console,
+            f"Fine-tuned on {NEW_SKILL.name} in {seconds['fine-tuning']:.0f} s: {NEW_SKILL.name} "
+            f"{rows[0].downstream:.3f} → {rows[1].downstream:.3f}, "
+            f"general average {rows[0].general:.3f} → {rows[1].general:.3f}.",
+        )
+        for surgery in SURGERIES:
+            with _timed(seconds, "surgery"):
+                edit(out / "pre", out / "ft", out / surgery.folder, surgery.method, **surgery.options)
+            measure(surgery.label, surgery.folder)
+
+    console.print(results_table(rows, NEW_SKILL.name))
+    _say(console, "Share of held-out questions answered exactly (facts: of the memorised ones).")
+    _say(console, f"AVG.: mean of the general skills. {NEW_SKILL.name.upper()}: the downstream skill, sort each pair.")
+    _say(console, "D: distance from pre-trained, mean over tensors of ‖θ − θ0‖ / ‖θ0‖.")
+    _say(console, f"Checkpoints and demo.json are in {out}; one row again:")
+    again = ["surgery", "fapm", "--pre", str(out / "pre"), "--ft", str(out / "ft"), "--sparsity", "0.9"]
+    _say(console, "  " + shlex.join(again))
+
+    measured = {
+        "seed": seed,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": threads,
+        "parameters": parameters,
+        "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
+        "rows": [{**asdict(row), "general": row.general} for row in rows],
+    }
+    (out / "demo.json").write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return measured
+
+
+def _say(console: Console, line: str) -> None:
+    """Print a line as it is: no markup, no colour of numbers, no wrapping of a command that will be pasted."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise SurgeryError(
+            "surgery demo trains a small model with transformers, which is not installed: pip install 'model-surgery[demo]'"
+        ) from None
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out} exists and is not an empty folder: remove it, or choose another with --out.")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be made ({error.strerror}): choose another folder with --out.") from error
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time spent inside to the phase's seconds."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def _steps(console: Console, phase: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar that disappears when done; gives the function that moves it one step on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(phase, total=total)
+        yield lambda: progress.advance(task)
+
+
+@contextmanager
+def _quiet_training(torch: Any, transformers: Any) -> Iterator[int]:
+    """Use the available cores, and keep transformers' own progress bars out of ours; gives the number of threads."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    before, threads = torch.get_num_threads(), min(available, MAX_THREADS)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

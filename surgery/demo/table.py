@@ -1,0 +1,43 @@
+"""The demo's table: one row a model, as in Table 1 of the FAPM paper."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured on one model.
+
+    label: the row's name. folder: the checkpoint, relative to the demo's folder. skills: accuracy of each general
+    skill, from 0 to 1. general: their mean. downstream: accuracy of the new skill. distance: from pre-trained,
+    mean over tensors of ‖θ − θ0‖ / ‖θ0‖.
+    """
+
+    label: str
+    folder: str
+    skills: dict[str, float]
+    downstream: float
+    distance: float
+
+    @property
+    def general(self) -> float:
+        return sum(self.skills.values()) / len(self.skills)
+
+
+def results_table(rows: Sequence[Row], new_skill: str) -> Table:
+    """The rows as a table of at most 80 columns; its numbers are read without colour.
+
+    Edited models stand under a rule, below the two that they are made from (the first two rows). All rows must have
+    the same skills.
+    """
+    table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for heading in (*rows[0].skills, "AVG.", new_skill.upper(), "D"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        shares = (*row.skills.values(), row.general, row.downstream, row.distance)
+        table.add_row(row.label, *(f"{share:.3f}" for share in shares), end_section=index == 1)
+    return table

@@ -1,0 +1,142 @@
+"""What the user sees: a progress bar on a terminal, tables that read well at 80 columns and without colour."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from surgery.edit import Job
+
+LABELS = {"feed_forward": "feed-forward"}
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error with bytes per second and time left; nothing at all where that is no terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda nbytes: bar.update(task, advance=nbytes)
+
+
+def show_plan(job: Job, *, as_json: bool) -> None:
+    """Print what a job would do, by category."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for step in job.steps:
+        doing = "copy" if step.pre is None or not step.ft.is_float else type(step.action).__name__.lower()
+        row = groups.setdefault((step.place.category, doing), [0, 0, 0])
+        row[0] += 1
+        row[1] += step.ft.entries
+        row[2] += step.ft.nbytes
+    rows = [
+        {"category": category, "action": doing, "tensors": tensors, "entries": entries, "bytes": nbytes}
+        for (category, doing), (tensors, entries, nbytes) in sorted(groups.items())
+    ]
+    if as_json:
+        plan = {
+            "method": job.method.name,
+            "output": str(job.out),
+            "bytes": job.nbytes,
+            "plan": rows,
+            "notes": job.pair.notes,
+        }
+        print(json.dumps(plan, indent=2, ensure_ascii=False))
+        return
+    table = _table("Category", "Action", "Tensors", "Entries", "Bytes")
+    words = {"keep": "keep ft", "reset": "reset to pre", "prune": "prune", "blend": "average", "copy": "copy ft"}
+    for row in rows:
+        category, doing = str(row["category"]), str(row["action"])
+        numbers = (int(row["tensors"]), int(row["entries"]), int(row["bytes"]))
+        table.add_row(_label(category), words[doing], f"{numbers[0]:,}", _count(numbers[1]), _bytes(numbers[2]))
+    console = _console()
+    console.print(table)
+    _notes(console, job.pair.notes)
+    console.print(f"Nothing was written. The output would be {job.out}, {_bytes(job.nbytes)}.", soft_wrap=True)
+
+
+def show_report(report: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    """Print what a run did, by category, and where the output is."""
+    if as_json:
+        from surgery.report import dumps
+
+        print(dumps(report), end="")
+        return
+    table = _table("Category", "Tensors", "Entries", "To pre", "Sparsity", "Effective", "D before", "D after")
+    for category, group in report["categories"].items():
+        if group["tensors"]:
+            table.add_row(_label(category), *_cells(group))
+    table.add_section()
+    table.add_row("all", *_cells(report["totals"]), style="bold")
+    console = _console()
+    console.print(table)
+    _notes(console, report["notes"])
+    console.print(f"Wrote {out}", soft_wrap=True)
+
+
+def _cells(group: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{group['tensors']:,}",
+        _count(group["entries"]),
+        _count(group["pruned"]),
+        _percent(group["achieved_sparsity"]),
+        _percent(group["effective_sparsity"]),
+        _distance(group["distance_before"]),
+        _distance(group["distance_after"]),
+    )
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if os.isatty(1) else 80)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="left" if name == "Action" else "right", no_wrap=True)
+    return table
+
+
+def _notes(console: Console, notes: list[str]) -> None:
+    for note in notes:
+        console.print(f"Note: {note}", markup=False)
+
+
+def _label(category: str) -> str:
+    return LABELS.get(category, category)
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return "–"
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return str(value)
+
+
+def _bytes(value: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value} B"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}%"
+
+
+def _distance(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,246 @@
+"""Edit one tensor on the CPU, in chunks that fit the cache.
+
+A chunk of pre and ft is read from the page cache into a small buffer, scored, chosen and handed on while it is hot: no tensor
+is ever in memory as a whole, except the output of a pruning, which waits there for the threshold. Buffers are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from surgery import kernels
+from surgery.actions import Blend, Keep, Prune, Reset
+from surgery.checkpoint.header import Tensor
+from surgery.engines.plan import Step
+from surgery.engines.results import Result
+from surgery.errors import CheckpointError
+from surgery.kernels import RAW, Array, Distance, Floats
+from surgery.selection import Search, rank
+
+# Entries of a chunk: both raw chunks stay in a core's second cache, and the interpreter lock changes hands seldom.
+CHUNK = 1 << 18
+COPY_BYTES = 1 << 20
+RUN = 512
+
+
+class Sink(Protocol):
+    """Where a tensor's bytes go."""
+
+    def write(self, offset: int, data: Any) -> None:
+        """Put bytes at an offset from the tensor's first byte."""
+
+
+class CpuEngine:
+    """One worker's buffers, and the edit of a tensor with them.
+
+    Args:
+        tick: called with the number of bytes that were read; may raise to stop the work.
+        allow_nonfinite: let NaN and Inf of an edited tensor pass.
+    """
+
+    def __init__(self, tick: Callable[[int], None], *, allow_nonfinite: bool = False) -> None:
+        self.tick = tick
+        self.allow_nonfinite = allow_nonfinite
+        self.raw_pre, self.raw_ft = bytearray(8 * CHUNK), bytearray(8 * CHUNK)
+        self.copying = bytearray(COPY_BYTES)
+        self.output = np.empty(0, np.uint8)
+
+    def run(self, step: Step, sink: Sink) -> Result:
+        """Carry out a step.
+
+        Raises:
+            CheckpointError: a file ends early, or an edited tensor holds NaN or Inf.
+        """
+        with np.errstate(all="ignore"), open(step.ft.path, "rb", buffering=0) as ft:  # noqa: PTH123
+            if step.pre is None or not step.ft.is_float:
+                self._copy(step.ft, ft, sink)
+                return Result()
+            with open(step.pre.path, "rb", buffering=0) as pre:  # noqa: PTH123
+                match step.action:
+                    case Prune() as action:
+                        result = self._prune(action, step.pre, step.ft, pre, ft, sink)
+                    case Blend() as action:
+                        result = self._blend(action, step.pre, step.ft, pre, ft, sink)
+                    case Keep() | Reset() as action:
+                        result = self._take(action, step.pre, step.ft, pre, ft, sink)
+        return self._checked(step, result)
+
+    def _copy(self, tensor: Tensor, file: BinaryIO, sink: Sink) -> None:
+        file.seek(tensor.begin)
+        for start in range(0, tensor.nbytes, COPY_BYTES):
+            view = memoryview(self.copying)[: min(COPY_BYTES, tensor.nbytes - start)]
+            self._fill(file, view, tensor)
+            sink.write(start, view)
+
+    def _take(
+        self, action: Keep | Reset, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, sink: Sink
+    ) -> Result:
+        result = _Sums()
+        for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
+            before = kernels.distance(pre.dtype, base, ft.dtype, tuned)
+            if isinstance(action, Reset):
+                tuned = self._cast(base, pre, ft)
+                same = pre.dtype == ft.dtype
+                after = Distance(0.0, 0.0, 0) if same else kernels.distance(pre.dtype, base, ft.dtype, tuned)
+            else:
+                after = before
+            result.add(before, after.delta2, after.differ)
+            sink.write(start * tuned.itemsize, memoryview(tuned))
+        keeps = isinstance(action, Keep)
+        return result.of(kept=ft.entries if keeps else 0, pruned=0 if keeps else ft.entries)
+
+    def _blend(
+        self, action: Blend, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, sink: Sink
+    ) -> Result:
+        result = _Sums()
+        for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
+            out = np.empty_like(tuned)
+            before, after = kernels.blend(action.alpha, pre.dtype, base, ft.dtype, tuned, out)
+            result.add(before, after.delta2, after.differ)
+            sink.write(start * out.itemsize, memoryview(out))
+        return result.of()
+
+    def _prune(
+        self, action: Prune, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, sink: Sink
+    ) -> Result:
+        n = ft.entries
+        r = rank(action.sparsity, n)
+        if r in (0, n):
+            return self._take(Keep() if r == 0 else Reset(), pre, ft, pre_file, ft_file, sink)
+        mean = self._mean(pre, pre_file) if action.uses_mean else np.float32(0)
+
+        search = Search(self._sample(action, mean, pre, ft, pre_file, ft_file), n, r)
+        out = self._output(ft)
+        while True:
+            bracket = search.bracket()
+            result, above_low, above_high = _Sums(), 0, 0
+            inside: list[tuple[Array, Floats, Array, Array]] = []
+            for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
+                cast = self._cast(base, pre, ft)
+                chosen = out[start : start + len(base)]
+                done = kernels.prune(action, mean, bracket, pre.dtype, base, cast, ft.dtype, tuned, chosen)
+                result.add(done.before, done.kept2, done.changed)
+                above_low += done.above_low
+                above_high += done.above_high
+                inside.append((done.where + np.int64(start), done.inside, base[done.where], tuned[done.where]))
+            if search.found(above_low, above_high):
+                break
+        where, score, base, tuned = (np.concatenate(column) for column in zip(*inside, strict=True))
+        late = score > search.threshold(score, above_low)
+        out[where[late]] = tuned[late]
+        kept = above_high + int(np.count_nonzero(late))
+        kept_late = kernels.distance(pre.dtype, base[late], ft.dtype, tuned[late])
+        result.after2 += kept_late.delta2
+        result.differ += kept_late.differ
+        sink.write(0, memoryview(out))
+        return result.of(kept=kept, pruned=n - kept)
+
+    def _mean(self, pre: Tensor, file: BinaryIO) -> np.float32:
+        """mean |W_pre|: summed in float64, then float32."""
+        total, itemsize = 0.0, RAW[pre.dtype].itemsize
+        file.seek(pre.begin)
+        for start in range(0, pre.entries, CHUNK):
+            count = min(CHUNK, pre.entries - start)
+            view = memoryview(self.raw_pre)[: count * itemsize]
+            self._fill(file, view, pre)
+            total += kernels.abs_sum(pre.dtype, np.frombuffer(view, RAW[pre.dtype]))
+        return np.float32(total / pre.entries)
+
+    def _sample(
+        self, action: Prune, mean: np.float32, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO
+    ) -> Floats:
+        """Scores of short runs from all over the tensor, [runs, RUN]; of the whole tensor, [1, n], when it is small."""
+        n = ft.entries
+        runs = min(max(n >> 15, 128), 512)
+        if n <= 2 * runs * RUN:
+            starts, length = np.zeros(1, np.int64), n
+        else:
+            # One run at random in each stretch: regular steps could fall on the same columns of every row.
+            stretch = n / runs
+            shift = np.random.default_rng(0).random(runs)
+            starts, length = ((np.arange(runs) + shift) * (stretch - RUN / n * stretch)).astype(np.int64), RUN
+            starts = np.minimum(starts, n - RUN)
+        raw = []
+        for tensor, file in ((pre, pre_file), (ft, ft_file)):
+            sampled = np.empty(len(starts) * length, RAW[tensor.dtype])
+            for position, start in enumerate(starts):
+                file.seek(tensor.begin + int(start) * sampled.itemsize)
+                part = sampled[position * length : (position + 1) * length]
+                self._fill(file, memoryview(part.view(np.uint8)), tensor, count=False)
+            raw.append(sampled)
+        delta, weight = kernels.task_vector(pre.dtype, raw[0], ft.dtype, raw[1])
+        scores: Floats = action.score(delta, weight, mean)
+        return scores.reshape(len(starts), length)
+
+    def _chunks(
+        self, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO
+    ) -> Iterator[tuple[int, Array, Array]]:
+        """(start, raw pre, raw ft) of each chunk; the arrays are overwritten by the next."""
+        pre_type, ft_type = RAW[pre.dtype], RAW[ft.dtype]
+        pre_file.seek(pre.begin)
+        ft_file.seek(ft.begin)
+        for start in range(0, ft.entries, CHUNK):
+            count = min(CHUNK, ft.entries - start)
+            base = memoryview(self.raw_pre)[: count * pre_type.itemsize]
+            tuned = memoryview(self.raw_ft)[: count * ft_type.itemsize]
+            self._fill(pre_file, base, pre)
+            self._fill(ft_file, tuned, ft)
+            yield start, np.frombuffer(base, pre_type), np.frombuffer(tuned, ft_type)
+
+    def _fill(self, file: BinaryIO, view: memoryview, tensor: Tensor, *, count: bool = True) -> None:
+        done = 0
+        while done < len(view):
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not got:
+                raise CheckpointError(
+                    f"{tensor.path}: ends in the middle of tensor {tensor.name}: it changed while it was read."
+                )
+            done += got
+        if count:
+            self.tick(done)
+
+    def _output(self, ft: Tensor) -> Array:
+        if len(self.output) < ft.nbytes:
+            self.output = np.empty(ft.nbytes, np.uint8)
+        return self.output[: ft.nbytes].view(RAW[ft.dtype])
+
+    def _cast(self, base: Array, pre: Tensor, ft: Tensor) -> Array:
+        if pre.dtype == ft.dtype:
+            return base
+        cast = kernels.narrow(kernels.widen(pre.dtype, base), ft.dtype)
+        if not self.allow_nonfinite and not np.isfinite(kernels.widen(ft.dtype, cast)).all():
+            raise CheckpointError(
+                f"{pre.path}: {pre.name} holds NaN, Inf, or a number too large for ft's {ft.dtype}. Repair it, or allow it with "
+                "--allow-nonfinite."
+            )
+        return cast
+
+    def _checked(self, step: Step, result: Result) -> Result:
+        assert result.before2 is not None and result.weight2 is not None
+        result.nonfinite = not np.isfinite(result.before2 + result.weight2)
+        if result.nonfinite and not self.allow_nonfinite and not isinstance(step.action, Keep):
+            raise CheckpointError(
+                f"{step.ft.name} holds NaN or Inf, in {step.ft.path} or in {step.pre.path if step.pre else ''}. Repair it, "
+                "exclude it, or allow it with --allow-nonfinite."
+            )
+        return result
+
+
+class _Sums:
+    """The running sums of one tensor."""
+
+    def __init__(self) -> None:
+        self.before2 = self.after2 = self.weight2 = 0.0
+        self.differ = 0
+
+    def add(self, before: Distance, after2: float, differ: int) -> None:
+        self.before2 += before.delta2
+        self.weight2 += before.weight2
+        self.after2 += after2
+        self.differ += differ
+
+    def of(self, kept: int | None = None, pruned: int | None = None) -> Result:
+        return Result(kept, pruned, self.differ, self.before2, self.after2, self.weight2)

@@ -1,0 +1,23 @@
+"""What an engine measured while it edited one tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Result:
+    """Counts and squared distances of one tensor.
+
+    kept and pruned count the entries that are ft's and pre's by the method's choice (None where it makes none, as in an
+    average); differ counts those whose value in the output is not pre's. before2 and after2 are ‖ft − pre‖² and
+    ‖out − pre‖², weight2 is ‖pre‖². A tensor without a base has all of these None.
+    """
+
+    kept: int | None = None
+    pruned: int | None = None
+    differ: int | None = None
+    before2: float | None = None
+    after2: float | None = None
+    weight2: float | None = None
+    nonfinite: bool = False

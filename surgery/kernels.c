@@ -1,0 +1,206 @@
+/* The inner loops of the streaming edit: one pass over a chunk of pre and ft, nothing written but the result.
+ *
+ * Each function is the twin of the numpy function of the same name in kernels.py, which says what it computes and is used
+ * where this file was not compiled. Bits are the same: IEEE float32, no contraction into fused multiply-add (the build sets
+ * -ffp-contract=off). Loops work on blocks of BLOCK entries on the stack, so that compilers turn them into vector code. A
+ * last block that is not full is filled up with zeros, which add nothing to any sum.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define VECTOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTOR
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { BF16, F16, F32 };
+enum { FAPM, MAGNITUDE };
+enum { BLOCK = 256, LANES = 16 };
+
+typedef struct {
+    double delta2, weight2; /* sums of (x - pre)^2 and pre^2 */
+    int64_t differ;         /* entries where x != pre */
+} Distance;
+
+typedef struct {
+    Distance before;
+    double kept2; /* sum of (ft - pre)^2 over the kept entries */
+    int64_t changed, above_low, above_high, collected;
+} Pruned;
+
+INLINE float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE uint16_t float_to_bf16(float value) {
+    uint32_t bits = to_bits(value);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16 | 0x40) : rounded);
+}
+
+/* Half to single by moving the fields and scaling the exponent, which is exact for subnormals too. */
+INLINE float half_to_float(uint16_t half) {
+    uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
+    uint32_t scaled = to_bits(from_bits(magnitude) * 0x1p112f);
+    uint32_t special = 0x7f800000u | magnitude;
+    return from_bits(((half & 0x7c00) == 0x7c00 ? special : scaled) | (uint32_t)(half & 0x8000) << 16);
+}
+
+INLINE void widen_block(int dtype, const void *source, size_t start, size_t n, float *restrict out) {
+    if (dtype == BF16) {
+        const uint16_t *x = (const uint16_t *)source + start;
+        for (size_t i = 0; i < n; i++) out[i] = from_bits((uint32_t)x[i] << 16);
+    } else if (dtype == F16) {
+        const uint16_t *x = (const uint16_t *)source + start;
+        for (size_t i = 0; i < n; i++) out[i] = half_to_float(x[i]);
+    } else {
+        memcpy(out, (const float *)source + start, n * 4);
+    }
+    for (size_t i = n; i < BLOCK; i++) out[i] = 0.0f;
+}
+
+INLINE double total(const double *lanes) {
+    double sum = 0.0;
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    return sum;
+}
+
+INLINE void add_squares(const float *x, double *lanes) {
+    for (size_t i = 0; i < BLOCK; i += LANES)
+        for (size_t lane = 0; lane < LANES; lane++) lanes[lane] += (double)x[i + lane] * (double)x[i + lane];
+}
+
+VECTOR double abs_sum(int dtype, const void *x, size_t n) {
+    double lanes[LANES] = {0};
+    float block[BLOCK];
+    for (size_t start = 0; start < n; start += BLOCK) {
+        widen_block(dtype, x, start, n - start < BLOCK ? n - start : BLOCK, block);
+        for (size_t i = 0; i < BLOCK; i += LANES)
+            for (size_t lane = 0; lane < LANES; lane++) lanes[lane] += (double)fabsf(block[i + lane]);
+    }
+    return total(lanes);
+}
+
+/* Widen a block of both, turn x into x - pre, and add up. */
+INLINE void difference_block(int pre_dtype, const void *pre, int x_dtype, const void *x, size_t start, size_t size, float *p,
+                             float *d, double *delta2, double *weight2, int64_t *differ) {
+    uint32_t count = 0;
+    widen_block(pre_dtype, pre, start, size, p);
+    widen_block(x_dtype, x, start, size, d);
+    for (size_t i = 0; i < BLOCK; i++) {
+        d[i] -= p[i];
+        count += d[i] != 0.0f;
+    }
+    add_squares(d, delta2);
+    add_squares(p, weight2);
+    *differ += count;
+}
+
+VECTOR void distance(int pre_dtype, const void *pre, int x_dtype, const void *x, size_t n, Distance *result) {
+    double delta2[LANES] = {0}, weight2[LANES] = {0};
+    float p[BLOCK], d[BLOCK];
+    int64_t differ = 0;
+    for (size_t start = 0; start < n; start += BLOCK)
+        difference_block(pre_dtype, pre, x_dtype, x, start, n - start < BLOCK ? n - start : BLOCK, p, d, delta2, weight2, &differ);
+    *result = (Distance){total(delta2), total(weight2), differ};
+}
+
+/* The twin of methods/fapm.py and methods/magnitude.py. */
+INLINE void score_block(int kind, const float *delta, const float *weight, float mean, float *restrict score) {
+    if (kind == FAPM)
+        for (size_t i = 0; i < BLOCK; i++) {
+            float value = delta[i] - mean * delta[i] / weight[i];
+            score[i] = weight[i] != 0.0f ? value : delta[i] != 0.0f ? -INFINITY : 0.0f;
+        }
+    else
+        memcpy(score, delta, BLOCK * sizeof(float));
+}
+
+/* Append the places and scores of the few ones among BLOCK flags, eight flags at a glance. */
+INLINE int64_t collect(const uint8_t *flags, const float *score, size_t start, uint32_t *where, float *inside, int64_t count) {
+    for (size_t i = 0; i < BLOCK; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, flags + i, 8);
+        if (eight)
+            for (size_t j = i; j < i + 8; j++)
+                if (flags[j]) {
+                    where[count] = (uint32_t)(start + j);
+                    inside[count++] = score[j];
+                }
+    }
+    return count;
+}
+
+/* `base` is pre in ft's type. `where` and `inside` have room for n, or are null. */
+#define PRUNE(NAME, WORD)                                                                                                      \
+    VECTOR void NAME(int kind, float mean, float low, float high, int pre_dtype, const void *pre, const WORD *base,           \
+                     int ft_dtype, const WORD *ft, size_t n, WORD *restrict out, uint32_t *restrict where,                    \
+                     float *restrict inside, Pruned *result) {                                                                \
+        double delta2[LANES] = {0}, weight2[LANES] = {0}, kept2[LANES] = {0};                                                  \
+        int64_t differ = 0, changed = 0, above_low = 0, above_high = 0, collected = 0;                                         \
+        float p[BLOCK], d[BLOCK], score[BLOCK];                                                                                \
+        uint8_t between[BLOCK];                                                                                                \
+        for (size_t start = 0; start < n; start += BLOCK) {                                                                    \
+            size_t size = n - start < BLOCK ? n - start : BLOCK;                                                               \
+            uint32_t lows = 0, highs = 0, changes = 0;                                                                         \
+            difference_block(pre_dtype, pre, ft_dtype, ft, start, size, p, d, delta2, weight2, &differ);                       \
+            for (size_t i = 0; i < BLOCK; i++) {                                                                               \
+                d[i] = fabsf(d[i]);                                                                                            \
+                p[i] = fabsf(p[i]);                                                                                            \
+            }                                                                                                                  \
+            score_block(kind, d, p, mean, score);                                                                              \
+            for (size_t i = size; i < BLOCK; i++) score[i] = -INFINITY;                                                        \
+            for (size_t i = 0; i < BLOCK; i++) {                                                                               \
+                int keep = score[i] > high, above = score[i] > low;                                                            \
+                lows += above;                                                                                                 \
+                highs += keep;                                                                                                 \
+                changes += keep & (d[i] != 0.0f);                                                                              \
+                d[i] = keep ? d[i] : 0.0f;                                                                                     \
+                between[i] = (uint8_t)(above ^ keep);                                                                          \
+            }                                                                                                                  \
+            for (size_t i = 0; i < size; i++) out[start + i] = score[i] > high ? ft[start + i] : base[start + i];              \
+            add_squares(d, kept2);                                                                                             \
+            if (where && lows != highs) collected = collect(between, score, start, where, inside, collected);                  \
+            above_low += lows, above_high += highs, changed += changes;                                                        \
+        }                                                                                                                      \
+        *result = (Pruned){{total(delta2), total(weight2), differ}, total(kept2), changed, above_low, above_high, collected};  \
+    }
+
+PRUNE(prune16, uint16_t)
+PRUNE(prune32, uint32_t)
+
+/* `out` has the type of ft: BF16 or F32. */
+VECTOR void blend(float alpha, float rest, int pre_dtype, const void *pre, int ft_dtype, const void *ft, size_t n, void *out,
+                  Distance *before, Distance *after) {
+    double before2[LANES] = {0}, after2[LANES] = {0}, weight2[LANES] = {0}, again[LANES] = {0};
+    int64_t differ_before = 0, differ_after = 0;
+    float p[BLOCK], d[BLOCK], f[BLOCK];
+    for (size_t start = 0; start < n; start += BLOCK) {
+        size_t size = n - start < BLOCK ? n - start : BLOCK;
+        difference_block(pre_dtype, pre, ft_dtype, ft, start, size, p, d, before2, weight2, &differ_before);
+        widen_block(ft_dtype, ft, start, size, f);
+        for (size_t i = 0; i < BLOCK; i++) {
+            float mixed = alpha * p[i] + rest * f[i];
+            f[i] = p[i] == f[i] ? f[i] : mixed;
+        }
+        if (ft_dtype == BF16)
+            for (size_t i = 0; i < size; i++) ((uint16_t *)out)[start + i] = float_to_bf16(f[i]);
+        else
+            memcpy((float *)out + start, f, size * sizeof(float));
+        difference_block(pre_dtype, pre, ft_dtype, out, start, size, p, d, after2, again, &differ_after);
+    }
+    *before = (Distance){total(before2), total(weight2), differ_before};
+    *after = (Distance){total(after2), total(again), differ_after};
+}

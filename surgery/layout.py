@@ -1,0 +1,168 @@
+"""What a tensor is, read off its name: its layer, its category, its side of the model, the module it belongs to.
+
+The only file of the project that interprets tensor names. It imports no library, so it costs nothing to load, and it
+works on names as they stand in a checkpoint, old (on the hub) or new (in memory), with or without a model's prefix.
+What is known of architectures is data: to teach it a family, add a word to `STACKS` or a line to a table of rules.
+A name that no rule knows has the category "other"; it is for the caller to report it and to leave it alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+CATEGORIES = ("attention", "feed_forward", "router", "norm", "embedding", "head", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor sits in its model.
+
+    layer: index from 0 within its stack; None outside the stacks.
+    category: one of `CATEGORIES`.
+    stack: what the index counts in, as the name has it without wrappers ("model.layers", "encoder.block"); "" outside.
+    side: "layer" exactly where `layer` is a number; "output" for final norms, heads and poolers; "input" for
+        embeddings, for what normalises or projects them, and for names outside the stacks that no rule knows.
+    buffer: a known non-parameter (rotary frequencies, causal masks, position ids), of category "other": to be copied,
+        with nothing to report.
+    """
+
+    layer: int | None
+    category: str
+    stack: str
+    side: str
+    buffer: bool = False
+
+
+# Segments that training tools put into names: torch.compile, FSDP, activation checkpointing; DDP; PEFT.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"|^(?:module\.)+|^base_model\.model\."
+)
+
+# Names of the lists that hold transformer layers. The leftmost one in a name counts the layers: T5's
+# "encoder.block.2.layer.1" is layer 2, "layers.3.mlp.experts.7" is layer 3.
+STACKS = (
+    "layers",  # Llama and most decoders, GPT-NeoX, OPT, Whisper, Mamba
+    "layer",  # BERT, RoBERTa, ViT
+    "h",  # GPT-2, GPT-J, GPT-Neo, Bloom, Falcon
+    "block",  # T5
+    "blocks",  # MPT, vision towers
+    "resblocks",  # OpenCLIP
+)
+# At most six digits: int() refuses absurdly long numbers, and `place` must not raise.
+_LAYER = re.compile(rf"(?:^|\.)(?:{'|'.join(STACKS)})(?=\.(?P<index>[0-9]{{1,6}})\.)")
+
+
+# The tables below are tried from the top, on the lower-cased name: inside a layer on what follows the index, outside on
+# all of it. These three spare the rules the dots.
+def _any(segment: str) -> re.Pattern[str]:
+    """Finds `segment` as one whole segment, anywhere in the name."""
+    return re.compile(rf"(?:^|\.)(?:{segment})(?:\.|$)")
+
+
+def _module(segment: str) -> re.Pattern[str]:
+    """Finds `segment` as the innermost module: last but for an index and a .weight or .bias."""
+    return re.compile(rf"(?:^|\.)(?:{segment})(?:\.[0-9]+)?(?:\.(?:weight|bias|gamma|beta))?$")
+
+
+def _leaf(segment: str) -> re.Pattern[str]:
+    """Finds `segment` as the last segment."""
+    return re.compile(rf"(?:^|\.)(?:{segment})$")
+
+
+BUFFERS = (
+    _leaf(r"\w*inv_freq|freqs_cis?|cos_cached|sin_cached"),  # rotary embeddings, old and new; Llama 4's vision tower
+    _leaf(r"position_ids|token_type_ids"),  # BERT, RoBERTa, vision towers
+    # Causal masks of GPT-2, GPT-Neo, GPT-J, GPT-NeoX. A true bias has a module in between ("attn.c_attn.bias").
+    _leaf(r"(?:attn|attention)\.(?:masked_)?bias"),
+    _leaf(r"causal_mask|attn_mask|relative_position_index"),  # CodeGen; OpenCLIP; Swin and BEiT
+    _leaf(r"attn\.embed_positions"),  # GPT-J: sinusoids in every layer
+    _leaf(r"embed_scale|_float_tensor|final_logits_bias"),  # Gemma; fairseq's sinusoids; BART and Marian
+    _leaf(r"running_mean|running_var|num_batches_tracked"),  # batch norm
+)
+
+# Parts of quantised weights. They stand in attention and feed-forward modules, but no method may take one for a matrix.
+QUANTISED = _leaf(
+    r"weight_scale(?:_inv)?|input_scale|weight_packed|weight_shape|qweight|qzeros|scales|g_idx"  # FP8, GPTQ, AWQ
+    r"|\w+_(?:blocks|scales)"  # gpt-oss in MXFP4
+)
+
+NORM = _module(
+    r"\w*norms?(?:\d|_\w+)?|\w*layrnorm"  # input_layernorm, q_norm, norm_f, layer_norm2, norms.0; a typo of CLIP's
+    r"|ln(?:\d|_\w+)?|(?:q|k|pre)_ln"  # ln_1, ln_f, ln_attn: GPT-2, Falcon; MPT, RWKV
+)
+
+LAYER_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (NORM, "norm"),  # also inside attention: q_norm, kv_a_layernorm
+    (_any(r"router|shared_expert_gate"), "router"),  # Llama 4, gpt-oss; Qwen2-MoE
+    (_leaf(r"e_score_correction_bias|expert_bias"), "router"),  # DeepSeek-V3, MiniMax
+    (_any(r"\w*(?:attn|attention)\w*"), "attention"),  # all; T5's relative_attention_bias lies within
+    (_any(r"mixer\.gate"), "router"),  # Nemotron-H, whose every sub-layer is called mixer
+    (_any(r"mixer\.(?:up_proj|down_proj|experts|shared_experts)"), "feed_forward"),  # the same
+    # Mamba, Jamba, RecurrentGemma, LFM2: what mixes the tokens stands where attention would.
+    (_any(r"\w*mixer|mamba|ssm|temporal_block|conv\.(?:conv|in_proj|out_proj)"), "attention"),
+    # Mixtral, Qwen-MoE, DeepSeek. After attention, which may have a gate of its own; "gate_proj" is another segment.
+    (_any(r"gate"), "router"),
+    (_any(r"\w*(?:mlp|ffn|feed_?forward|moe|expert)\w*"), "feed_forward"),  # all; stacked, single and shared experts
+    (_any(r"densereludense|intermediate|output"), "feed_forward"),  # T5; BERT, ViT
+    (_any(r"fc\d|linear\d"), "feed_forward"),  # OPT, Whisper; torch.nn.TransformerEncoderLayer
+    (_any(r"embed_tokens|eh_proj"), "embedding"),  # DeepSeek-V3's extra layer, which predicts one more token
+    (_any(r"shared_head"), "head"),  # the same
+)
+
+# What brings another modality to the width of the language model: LLaVA, Gemma 3, Llama 4, Idefics, Qwen-VL.
+_PROJECTOR = _any(r"\w*projector|connector|vision_adapter|merger")
+
+OUTER_RULES: tuple[tuple[re.Pattern[str], str, str], ...] = (
+    (_module(r"\w*emb\w*norm|\w*norm_emb\w*"), "norm", "input"),  # Bloom, Gemma 3's mm_soft_emb_norm; BART
+    (_module(r"\w*embed(?:ding)?s?\.\w*norm"), "norm", "input"),  # BERT's embeddings.LayerNorm, Swin
+    (_module(r"layernorm_pre|pre_layr?norm|pre_layernorm|ln_pre"), "norm", "input"),  # opens a vision tower
+    (_module(r"merger\.\w*(?:norm|ln)\w*|\w*projector\.\w*(?:norm|ln)\w*"), "norm", "input"),  # Qwen-VL, PaliGemma
+    (NORM, "norm", "output"),  # model.norm, ln_f, norm_f, final_layernorm, lm_head.layer_norm
+    (_any(r"lm_heads?|embed_out|proj_out|project_out"), "head", "output"),  # most; GPT-NeoX; Whisper; OPT-350m
+    (re.compile(r"^(?:output|decoder)\.(?:weight|bias)$"), "head", "output"),  # Llama as Meta writes it; ModernBERT
+    (_any(r"vocab_(?:transform|projector)|generator_\w+"), "head", "output"),  # DistilBERT; ELECTRA
+    (_any(r"score|classifier|classification_head|qa_outputs|cls|\w*pooler|head"), "head", "output"),  # BERT, ViT; tasks
+    (_any(r"relative_attention_bias"), "attention", "input"),  # MPNet: one for all layers
+    (_any(r"\w*embed(?:ding|der)?s?(?:_\w+)?|wte|wpe|shared"), "embedding", "input"),  # most; GPT-2; T5
+    (_any(r"cls_token|mask_token|conv\d|project_in"), "embedding", "input"),  # ViT; Whisper's stem; OPT-350m
+    (_PROJECTOR, "embedding", "input"),
+)
+
+# What `unit` takes off: the parameter's own name, or its suffix where its module has no name of its own ("in_proj_bias"
+# of torch.nn.MultiheadAttention, "gate_up_proj_bias" of gpt-oss). DeepSeek's correction is a bias of its gate.
+_PARAMETER = re.compile(r"\.(?:weight|bias|gamma|beta|e_score_correction_bias)$|(?<=[^._])_(?:weight|bias)$")
+
+
+@cache
+def place(name: str) -> Place:
+    """The place of the tensor called `name`. Never raises; an unknown name has category "other"."""
+    name = _WRAPPERS.sub("", name)
+    found = _LAYER.search(name)
+    layer, stack, side, rest = None, "", "input", name
+    if found:
+        layer, stack, side, rest = int(found["index"]), name[: found.end()], "layer", name[found.end("index") + 1 :]
+    rest = rest.lower()
+    if any(rule.search(rest) for rule in BUFFERS):
+        return Place(layer, "other", stack, side, buffer=True)
+    if QUANTISED.search(rest):
+        return Place(layer, "other", stack, side)
+    if found:
+        category = next((category for rule, category in LAYER_RULES if rule.search(rest)), "other")
+        return Place(layer, category, stack, side)
+    for rule, category, side in OUTER_RULES:
+        if rule.search(rest):
+            return Place(None, category, "", side)
+    return Place(None, "other", "", "input")
+
+
+@cache
+def unit(name: str) -> str:
+    """The module that the tensor called `name` belongs to, so that a bias can go with its weight.
+
+    "model.layers.0.self_attn.q_proj" for its .weight and its .bias, "…experts.gate_up_proj" for itself and for
+    "…experts.gate_up_proj_bias". A tensor with a name of its own ("mixer.A_log", "self_attn.sinks") is its own unit.
+    """
+    return _PARAMETER.sub("", name)

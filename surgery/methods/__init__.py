@@ -1,0 +1,32 @@
+"""The methods, one file each. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from surgery.actions import Action
+from surgery.checkpoint.pair import Item
+from surgery.methods.fapm import Fapm
+from surgery.methods.half_reset import HalfReset
+from surgery.methods.hma import Hma
+from surgery.methods.magnitude import Magnitude
+
+
+class Method(Protocol):
+    """What the streaming loop knows of a method. Its dataclass fields are its parameters."""
+
+    name: ClassVar[str]
+
+    def label(self) -> str:
+        """Name and main number, for the name of the output folder."""
+
+    def plan(self, items: Sequence[Item]) -> list[Action]:
+        """One action for each tensor of ft, in the items' order.
+
+        Raises:
+            OptionError: the parameters do not fit this model.
+        """
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Fapm, Magnitude, HalfReset, Hma)}

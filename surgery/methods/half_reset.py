@@ -1,0 +1,152 @@
+"""Half-Reset: whole tensors go back to pre (`surgery half-reset`; HFT paper, §2, §4.3 and Figure 2).
+
+Which half is drawn decides `choose`, shared with half fine-tuning (HFT), which freezes what Half-Reset would reset:
+
+    category   in each layer, of the attention matrices a half; of the feed-forward matrices, when their number is odd, ⌈half⌉
+               in a random half of the layers and ⌊half⌋ in the others; of the norms a half  (the paper's default)
+    layer      all of every other layer
+    model      of all block matrices, wherever they stand, a half
+
+A bias goes with its weight. Embedding, head and final norm stay ft (paper, footnote 1) and so do routers.
+
+A draw is the order of SHA-256(seed, purpose, name), so the same seed gives the same tensors on any machine, whatever the
+order of the shards. Each expert of a mixture that is stored by itself counts as a matrix; experts stacked in one tensor go
+together. With several stacks of layers (encoder and decoder) each is halved by itself.
+
+Cost: a copy of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from surgery.actions import Action, Keep, Reset
+from surgery.checkpoint.pair import Item
+from surgery.errors import OptionError
+from surgery.layout import place, unit
+from surgery.methods.scope import number, one_of, share
+
+LEVELS = ("category", "layer", "model")
+ALSO = ("embedding", "head", "norm")
+
+
+@dataclass(frozen=True)
+class HalfReset:
+    """Reset a random half of the block tensors to pre.
+
+    Args:
+        ratio: the share of tensors that is reset, in [0, 1].
+        level: "category", "layer" or "model": see `choose`.
+        seed: which half; any integer ≥ 0.
+        also: whole groups outside the blocks to reset too: "embedding", "head", "norm" (the final norm).
+    """
+
+    name: ClassVar[str] = "half-reset"
+    ratio: float = 0.5
+    level: str = "category"
+    seed: int = 0
+    also: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        share("ratio", self.ratio)
+        one_of("level", self.level, LEVELS)
+        for group in self.also:
+            one_of("also", group, ALSO)
+        if self.seed < 0:
+            raise OptionError(f"--seed must be 0 or greater, not {self.seed}.")
+
+    def label(self) -> str:
+        return f"half-reset-{number(self.ratio)}"
+
+    def plan(self, items: Sequence[Item]) -> list[Action]:
+        editable = [item for item in items if item.editable]
+        if not any(item.place.layer is not None for item in editable):
+            raise OptionError("No tensor of ft belongs to a layer, so there is no half to reset.")
+        chosen = choose([item.ft.name for item in editable], self.ratio, self.level, self.seed)
+        chosen |= {item.ft.name for item in editable if item.place.layer is None and item.place.category in self.also}
+        return [Reset() if item.ft.name in chosen and item.editable else Keep() for item in items]
+
+
+def choose(names: Iterable[str], ratio: float, level: str = "category", seed: int = 0) -> set[str]:
+    """The tensors that Half-Reset resets and HFT freezes.
+
+    Args:
+        names: of a model's parameters, in any order.
+        ratio: the share to choose, in [0, 1]. Floors and ceilings are spread over the layers so that the total is as close
+            to the ratio as whole tensors allow.
+        level: "category", "layer" or "model".
+        seed: the draw.
+
+    Returns:
+        Names of the chosen tensors, biases with their weights; only tensors of layers.
+    """
+    # stack -> layer -> category -> module -> its tensors
+    stacks: dict[str, dict[int, dict[str, dict[str, list[str]]]]] = {}
+    for name in names:
+        where = place(name)
+        if where.layer is not None and where.category in ("attention", "feed_forward", "norm"):
+            layer = stacks.setdefault(where.stack, {}).setdefault(where.layer, {})
+            layer.setdefault(where.category, {}).setdefault(unit(name), []).append(name)
+    chosen: set[str] = set()
+    for stack, layers in sorted(stacks.items()):
+        units = {
+            key: unit_names
+            for layer in layers.values()
+            for modules in layer.values()
+            for key, unit_names in modules.items()
+        }
+        if level == "layer":
+            picked = _every_other(layers, ratio)
+        elif level == "model":
+            matrices = [
+                key
+                for layer in layers.values()
+                for category in ("attention", "feed_forward")
+                for key in layer.get(category, {})
+            ]
+            picked = set(_draw(matrices, _half_up(ratio * len(matrices)), seed, f"model {stack}"))
+        else:
+            picked = _by_category(stack, layers, ratio, seed)
+        chosen.update(name for key in picked for name in units[key])
+    return chosen
+
+
+def _every_other(layers: dict[int, dict[str, dict[str, list[str]]]], ratio: float) -> set[str]:
+    picked = set()
+    for position, index in enumerate(sorted(layers)):
+        # Spreads any ratio evenly; at 0.5 the first, third, … layer.
+        if _half_up((position + 1) * ratio) > _half_up(position * ratio):
+            picked.update(key for modules in layers[index].values() for key in modules)
+    return picked
+
+
+def _by_category(stack: str, layers: dict[int, dict[str, dict[str, list[str]]]], ratio: float, seed: int) -> set[str]:
+    by_category: dict[str, dict[int, list[str]]] = defaultdict(dict)
+    for index, layer in layers.items():
+        for category, modules in layer.items():
+            by_category[category][index] = list(modules)
+    picked: set[str] = set()
+    for category, members in sorted(by_category.items()):
+        exact = {index: ratio * len(keys) for index, keys in members.items()}
+        counts = {index: math.floor(value) for index, value in exact.items()}
+        uneven = [index for index in exact if exact[index] > counts[index]]
+        missing = _half_up(ratio * sum(map(len, members.values()))) - sum(counts.values())
+        for index in _draw(map(str, uneven), missing, seed, f"layers {stack} {category}"):
+            counts[int(index)] += 1
+        for index, keys in members.items():
+            picked.update(_draw(keys, counts[index], seed, f"{category} {index}"))
+    return picked
+
+
+def _draw(keys: Iterable[str], count: int, seed: int, purpose: str) -> list[str]:
+    """`count` of the keys, at random."""
+    return sorted(keys, key=lambda key: hashlib.sha256(f"{seed}\n{purpose}\n{key}".encode()).digest())[:count]
+
+
+def _half_up(value: float) -> int:
+    return math.floor(value + 0.5)

@@ -1,0 +1,92 @@
+"""HMA: heterogeneous model averaging (`surgery hma`; Lin et al., arXiv 2309.06256; MoFO paper, E.5).
+
+The layers are cut into as many parts as there are ratios, and each part is averaged with a weight of its own:
+
+    out = α_p · pre + (1 − α_p) · ft        in float32, cast to ft's dtype
+
+    α_p     the weight of the pre-trained model in part p, as in the authors' code
+    p       ⌊P · i / L⌋ for layer i of L; embeddings belong to the first part, final norm and head to the last
+
+One ratio is plain averaging (WiSE-FT). α = 0 gives the bits of ft, α = 1 those of pre. Where the two models agree the output is
+what they agree on, though in float32 the formula may be off by its last bit there: our decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from surgery.actions import Action, Blend, Keep, Reset
+from surgery.checkpoint.pair import Item
+from surgery.errors import OptionError
+from surgery.layout import Place
+from surgery.methods.scope import number, share
+
+
+@dataclass(frozen=True)
+class Hma:
+    """Average pre and ft, part by part.
+
+    Args:
+        ratios: α of each part, from input to output; each in [0, 1].
+    """
+
+    name: ClassVar[str] = "hma"
+    ratios: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        if not self.ratios:
+            raise OptionError("--ratios needs at least one number, such as 0.3,0.2,0.1.")
+        for ratio in self.ratios:
+            share("ratios", ratio)
+
+    def label(self) -> str:
+        return "-".join(["hma", *map(number, self.ratios)])
+
+    def plan(self, items: Sequence[Item]) -> list[Action]:
+        layers: dict[str, int] = {}
+        for item in items:
+            if item.place.layer is not None:
+                layers[item.place.stack] = max(layers.get(item.place.stack, 0), item.place.layer + 1)
+        if layers and len(self.ratios) > min(layers.values()):
+            raise OptionError(
+                f"--ratios has {len(self.ratios)} numbers, but the model has only {min(layers.values())} layers to cut."
+            )
+        return [
+            _action(self.ratios[part(item.place, layers, len(self.ratios))]) if item.editable else Keep()
+            for item in items
+        ]
+
+
+def part(where: Place, layers: dict[str, int], parts: int) -> int:
+    """The part, from 0, that a tensor belongs to.
+
+    Args:
+        where: the tensor's place.
+        layers: the number of layers of each stack.
+        parts: how many parts there are.
+    """
+    if where.layer is not None:
+        return parts * where.layer // layers[where.stack]
+    return 0 if where.side == "input" else parts - 1
+
+
+def blend(pre: Any, ft: Any, alpha: float) -> Any:
+    """alpha · pre + (1 − alpha) · ft.
+
+    Args:
+        pre, ft: float32, numpy or torch, one shape.
+        alpha: the weight of pre, in [0, 1].
+
+    Returns:
+        float32, their shape; two rounded products and one rounded sum, ft itself where pre = ft.
+    """
+    result = alpha * pre + (1 - alpha) * ft
+    same = pre == ft
+    result[same] = ft[same]
+    return result
+
+
+def _action(alpha: float) -> Action:
+    return Keep() if alpha == 0 else Reset() if alpha == 1 else Blend(alpha)

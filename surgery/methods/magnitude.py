@@ -1,0 +1,44 @@
+"""Magnitude pruning of the task vector (`surgery magnitude`), the plain baseline of the FAPM paper's §5.2.
+
+    S = |Δ|
+
+The entries that moved least go back to pre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from surgery.actions import Action, Prune
+from surgery.checkpoint.pair import Item
+from surgery.methods.scope import Scope, number, plan_pruning, share
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Magnitude pruning of the task vector.
+
+    Args:
+        sparsity: the share of each tensor's entries that goes back to pre, in [0, 1].
+        scope: which tensors are pruned, and what becomes of the others.
+    """
+
+    name: ClassVar[str] = "magnitude"
+    sparsity: float = 0.9
+    scope: Scope = field(default_factory=Scope)
+
+    def __post_init__(self) -> None:
+        share("sparsity", self.sparsity)
+
+    def label(self) -> str:
+        return f"magnitude-{number(self.sparsity)}"
+
+    def plan(self, items: Sequence[Item]) -> list[Action]:
+        return plan_pruning(items, self.scope, Prune(score, self.sparsity, kernel=self.name))
+
+
+def score(delta: Any, weight: Any, mean: Any) -> Any:
+    """|Δ| itself: float32, numpy or torch, any shape. The other two arguments are FAPM's."""
+    return delta

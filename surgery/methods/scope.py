@@ -1,0 +1,95 @@
+"""Which tensors a pruning method edits, and the checks that the methods' options share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from surgery.actions import Action, Keep, Prune, Reset
+from surgery.checkpoint.pair import Item
+from surgery.errors import OptionError
+
+SCOPES = {
+    "all": ("attention", "feed_forward", "embedding", "head"),
+    "linear": ("attention", "feed_forward"),
+}
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The tensors that are pruned: floating point, two or more dimensions, of the categories that `scope` names.
+
+    Args:
+        scope: "all" (attention, feed-forward, embedding and head) or "linear" (attention and feed-forward). Routers are in
+            neither. "all" is METHODS' decision, from a measurement: see docs/methods.md.
+        rest: "ft" or "pre": what becomes of paired tensors out of scope (norms, biases, routers). Tensors that only ft has,
+            integers, buffers and names that no rule knows stay ft.
+        include: regular expressions; when given, only tensors whose name one of them matches somewhere are in scope.
+        exclude: regular expressions; tensors whose name one of them matches somewhere are out of scope.
+    """
+
+    scope: str = "all"
+    rest: str = "ft"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("scope", self.scope, tuple(SCOPES))
+        one_of("rest", self.rest, ("ft", "pre"))
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}.") from None
+
+
+def plan_pruning(items: Sequence[Item], scope: Scope, prune: Prune) -> list[Action]:
+    """Prune what is in scope; the rest follows `scope.rest`.
+
+    Raises:
+        OptionError: a pattern matches no tensor, or nothing is left in scope.
+    """
+    names = [item.ft.name for item in items]
+    included = set().union(*(_matches("include", pattern, names) for pattern in scope.include))
+    excluded = set().union(*(_matches("exclude", pattern, names) for pattern in scope.exclude))
+
+    def in_scope(item: Item) -> bool:
+        return (
+            item.editable
+            and len(item.ft.shape) >= 2
+            and item.place.category in SCOPES[scope.scope]
+            and (not scope.include or item.ft.name in included)
+            and item.ft.name not in excluded
+        )
+
+    if not any(map(in_scope, items)):
+        raise OptionError("No tensor is in scope, so there is nothing to prune: see --scope, --include and --exclude.")
+    rest = Reset() if scope.rest == "pre" else Keep()
+    return [prune if in_scope(item) else rest if item.editable else Keep() for item in items]
+
+
+def _matches(option: str, pattern: str, names: Sequence[str]) -> set[str]:
+    found = {name for name in names if re.search(pattern, name)}
+    if not found:
+        raise OptionError(f"--{option} {pattern!r} matches no tensor; ft has names like {names[0]}.")
+    return found
+
+
+def share(option: str, value: float) -> None:
+    """Raise OptionError unless value lies in [0, 1]."""
+    if not 0 <= value <= 1:  # NaN fails too
+        raise OptionError(f"--{option} must be between 0 and 1, not {value}.")
+
+
+def one_of(option: str, value: str, choices: Sequence[str]) -> None:
+    """Raise OptionError unless value is one of the choices."""
+    if value not in choices:
+        raise OptionError(f"--{option} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+def number(value: float) -> str:
+    """0.9 as "0.9", 1.0 as "1": for names of folders."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) else repr(float(value))

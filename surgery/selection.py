@@ -1,0 +1,149 @@
+"""The exact r-th smallest score of a group, and the choice that follows from it.
+
+For a group of n entries at sparsity s: r = round(s · n), t = the r-th smallest score, and an entry is kept where its score is
+above t. Entries tied with t are pruned, so at least r go; r = 0 keeps all (METHODS, "How many entries are pruned"). A score
+that is NaN counts as −∞.
+
+`prune` does this for a tensor in memory. `Search` does it for one that streams past: a small sample brackets t, one pass
+counts the scores above each end of the bracket and collects the few inside it, and the counts prove whether t is among them.
+When they disprove it the next bracket is drawn on the side where t must lie. Nothing is estimated in the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from surgery.actions import Score
+from surgery.kernels import Floats
+
+if TYPE_CHECKING:
+    import torch
+
+# A value that takes more than this share of the sample is an atom (Δ = 0 in bfloat16, say): it is counted, never collected.
+ATOM = 0.01
+# Half the bracket's width, in standard errors of the sampled rank: one tensor in a million needs a second pass.
+ERRORS = 5.0
+
+
+def rank(sparsity: float, n: int) -> int:
+    """How many of n entries must go: round(sparsity · n), halves to even as Python rounds."""
+    return round(sparsity * n)
+
+
+def threshold(scores: torch.Tensor, r: int) -> torch.Tensor:
+    """The r-th smallest of the scores, a 0-dimensional tensor: −∞ for r = 0.
+
+    Args:
+        scores: any shape, floating point.
+        r: 0 ≤ r ≤ scores.numel().
+    """
+    import torch
+
+    flat = torch.nan_to_num(scores.flatten(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if r == 0:
+        return flat.new_tensor(-math.inf)
+    return flat.kthvalue(r).values
+
+
+def prune(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) -> torch.Tensor:
+    """Prune the task vector of a tensor in memory.
+
+    Args:
+        pre, ft: one shape, floating point; any device.
+        score: the method's score of |Δ|, |pre| and mean |pre|.
+        sparsity: share of entries that go back to pre, in [0, 1].
+
+    Returns:
+        A new tensor of ft's dtype: the bits of ft where the entry is kept, the bits of pre elsewhere.
+    """
+    import torch
+
+    base = pre.float()
+    delta = (
+        (ft.float() - base).abs_() if torch.float64 not in (pre.dtype, ft.dtype) else (ft.double() - pre).abs().float()
+    )
+    mean = base.abs().mean(dtype=torch.float64).float()
+    scores = score(delta, base.abs_(), mean)
+    r = rank(sparsity, scores.numel())
+    if r == 0:
+        return ft.clone()
+    return torch.where(scores > threshold(scores, r), ft, pre.to(ft.dtype))
+
+
+class Search:
+    """Find the r-th smallest of n streamed scores, in one pass if the sample is any good.
+
+    Call `bracket`, stream all scores past it, and tell `found` the counts; while it answers False, do that again.
+
+    Args:
+        blocks: float32 [b, k], scores of b runs of k neighbouring entries each; the whole group when complete.
+        n, r: the group's size and the rank, 1 ≤ r ≤ n.
+    """
+
+    def __init__(self, blocks: Floats, n: int, r: int) -> None:
+        self.n, self.r = n, r
+        scores = np.where(np.isnan(blocks), np.float32(-np.inf), blocks)
+        self.sample = np.sort(scores, axis=None)
+        # The sample's q-th value estimates t. Neighbours resemble each other, so the error is that of b runs, not of b·k draws.
+        complete = self.sample.size == n
+        self.center = r - 1 if complete else min(int(r / n * self.sample.size), self.sample.size - 1)
+        below = (scores <= self.sample[self.center]).mean(axis=1)
+        error = 0.0 if complete else ERRORS * float(below.std()) / math.sqrt(len(below))
+        self.width = 0 if complete else 2 + math.ceil(error * self.sample.size)
+        # What the passes so far have proved: floor < t ≤ ceiling. None: t may even be −∞.
+        self.floor: np.float32 | None = None
+        self.ceiling = np.float32(np.inf)
+        self.low, self.high, self.collect = np.float32(-np.inf), self.ceiling, True
+
+    def bracket(self) -> tuple[np.float32, np.float32, bool]:
+        """(low, high, collect): t is expected in (low, high]. Without collect, t is expected to be high itself."""
+        sample = self.sample
+        first = 0 if self.floor is None else int(np.searchsorted(sample, self.floor, "right"))
+        last = int(np.searchsorted(sample, self.ceiling, "right"))
+        self.low = np.float32(-np.inf) if self.floor is None else self.floor
+        self.high, self.collect = self.ceiling, self.ceiling > -np.inf
+        if first < last:
+            center = min(max(self.center, first), last - 1)
+            left, right = max(center - self.width, first), min(center + self.width, last - 1)
+            if self.width == 0 or self._is_atom(sample[center]):
+                self.low, self.high, self.collect = _below(sample[center]), sample[center], False
+            else:
+                if left > first:
+                    self.low = sample[left]
+                if right < last - 1:
+                    self.high = sample[right]
+                for value in np.unique(sample[left : right + 1]):
+                    if self._is_atom(value) and value < sample[center]:
+                        self.low = max(self.low, value)
+                    elif self._is_atom(value) and value > sample[center]:
+                        self.high = min(self.high, _below(value))
+        return self.low, self.high, self.collect
+
+    def found(self, above_low: int, above_high: int) -> bool:
+        """Whether t lies in the bracket, given how many scores are above each of its ends."""
+        if self.r > self.n - above_high:
+            self.floor = self.high
+        elif self.r <= self.n - above_low and self.high != -np.inf:
+            self.ceiling = self.low
+        else:
+            return True
+        self.width = 8 * self.width + 1
+        return False
+
+    def threshold(self, inside: Floats, above_low: int) -> np.float32:
+        """t itself, from the collected scores of the bracket in which it was found."""
+        if not self.collect:
+            return self.high
+        k = self.r - (self.n - above_low) - 1
+        return np.float32(np.partition(inside, k)[k])
+
+    def _is_atom(self, value: np.float32) -> bool:
+        count = np.searchsorted(self.sample, value, "right") - np.searchsorted(self.sample, value, "left")
+        return bool(count > max(8, ATOM * self.sample.size))
+
+
+def _below(value: np.float32) -> np.float32:
+    return np.float32(np.nextafter(value, np.float32(-np.inf)))
