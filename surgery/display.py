@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from surgery.edit import Job
+    from surgery.engines.plan import Step
 
 LABELS = {"feed_forward": "feed-forward"}
 
@@ -33,33 +34,26 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def show_plan(job: Job, *, as_json: bool) -> None:
     """Print what a job would do, by category."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str], list[Step]] = {}
     for step in job.steps:
         doing = "copy" if step.pre is None or not step.ft.is_float else type(step.action).__name__.lower()
-        row = groups.setdefault((step.place.category, doing), [0, 0, 0])
-        row[0] += 1
-        row[1] += step.ft.entries
-        row[2] += step.ft.nbytes
-    rows = [
-        {"category": category, "action": doing, "tensors": tensors, "entries": entries, "bytes": nbytes}
-        for (category, doing), (tensors, entries, nbytes) in sorted(groups.items())
-    ]
+        groups.setdefault((step.place.category, doing), []).append(step)
+    sizes = {
+        group: (len(steps), sum(step.ft.entries for step in steps), sum(step.ft.nbytes for step in steps))
+        for group, steps in sorted(groups.items())
+    }
     if as_json:
-        plan = {
-            "method": job.method.name,
-            "output": str(job.out),
-            "bytes": job.nbytes,
-            "plan": rows,
-            "notes": job.pair.notes,
-        }
-        print(json.dumps(plan, indent=2, ensure_ascii=False))
+        plan = [
+            {"category": category, "action": doing, "tensors": tensors, "entries": entries, "bytes": nbytes}
+            for (category, doing), (tensors, entries, nbytes) in sizes.items()
+        ]
+        document = {"method": job.method.name, "output": str(job.out), "bytes": job.nbytes, "plan": plan}
+        print(json.dumps({**document, "notes": job.pair.notes}, indent=2, ensure_ascii=False))
         return
     table = _table("Category", "Action", "Tensors", "Entries", "Bytes")
     words = {"keep": "keep ft", "reset": "reset to pre", "prune": "prune", "blend": "average", "copy": "copy ft"}
-    for row in rows:
-        category, doing = str(row["category"]), str(row["action"])
-        numbers = (int(row["tensors"]), int(row["entries"]), int(row["bytes"]))
-        table.add_row(_label(category), words[doing], f"{numbers[0]:,}", _count(numbers[1]), _bytes(numbers[2]))
+    for (category, doing), (tensors, entries, nbytes) in sizes.items():
+        table.add_row(_label(category), words[doing], f"{tensors:,}", _count(entries), _bytes(nbytes))
     console = _console()
     console.print(table)
     _notes(console, job.pair.notes)

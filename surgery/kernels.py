@@ -15,7 +15,7 @@ import importlib.machinery
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,8 +191,8 @@ class _Pruned(ctypes.Structure):
 class Native:
     """The compiled kernels, and the types and scores that they know."""
 
-    dtypes = {"BF16": 0, "F16": 1, "F32": 2}
-    scores = {"fapm": 0, "magnitude": 1}
+    dtypes: ClassVar = {"BF16": 0, "F16": 1, "F32": 2}
+    scores: ClassVar = {"fapm": 0, "magnitude": 1}
 
     def __init__(self, path: Path) -> None:
         pointer, size, code, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
@@ -202,8 +202,9 @@ class Native:
         self.library.distance.argtypes = [code, pointer, code, pointer, size, pointer]
         self.library.blend.argtypes = [number, number, code, pointer, code, pointer, size, pointer, pointer, pointer]
         for function in (self.library.prune16, self.library.prune32):
-            function.argtypes = [code, number, number, number, code, pointer, pointer, code, pointer, size] + 4 * [
-                pointer
+            function.argtypes = [
+                *(code, number, number, number, code, pointer, pointer),
+                *(code, pointer, size, pointer, pointer, pointer, pointer),
             ]
 
     def prune(

@@ -48,29 +48,36 @@ def threshold(scores: torch.Tensor, r: int) -> torch.Tensor:
     return flat.kthvalue(r).values
 
 
-def prune(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) -> torch.Tensor:
-    """Prune the task vector of a tensor in memory.
+def keep_mask(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) -> torch.Tensor:
+    """Which entries of a tensor in memory are kept.
 
     Args:
         pre, ft: one shape, floating point; any device.
         score: the method's score of |Δ|, |pre| and mean |pre|.
-        sparsity: share of entries that go back to pre, in [0, 1].
+        sparsity: the share of entries that must go, in [0, 1].
+
+    Returns:
+        bool, their shape: True where the score is above the threshold.
+    """
+    import torch
+
+    wide = torch.float64 if torch.float64 in (pre.dtype, ft.dtype) else torch.float32
+    delta = (ft.to(wide) - pre.to(wide)).float().abs_()
+    base = pre.float().abs_()
+    scores = score(delta, base, base.mean(dtype=torch.float64).float())
+    r = rank(sparsity, scores.numel())
+    return torch.ones_like(scores, dtype=torch.bool) if r == 0 else scores > threshold(scores, r)
+
+
+def prune(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) -> torch.Tensor:
+    """Prune the task vector of a tensor in memory: the arguments are those of `keep_mask`.
 
     Returns:
         A new tensor of ft's dtype: the bits of ft where the entry is kept, the bits of pre elsewhere.
     """
     import torch
 
-    base = pre.float()
-    delta = (
-        (ft.float() - base).abs_() if torch.float64 not in (pre.dtype, ft.dtype) else (ft.double() - pre).abs().float()
-    )
-    mean = base.abs().mean(dtype=torch.float64).float()
-    scores = score(delta, base.abs_(), mean)
-    r = rank(sparsity, scores.numel())
-    if r == 0:
-        return ft.clone()
-    return torch.where(scores > threshold(scores, r), ft, pre.to(ft.dtype))
+    return torch.where(keep_mask(pre, ft, score, sparsity), ft, pre.to(ft.dtype))
 
 
 class Search:
@@ -104,7 +111,7 @@ class Search:
         first = 0 if self.floor is None else int(np.searchsorted(sample, self.floor, "right"))
         last = int(np.searchsorted(sample, self.ceiling, "right"))
         self.low = np.float32(-np.inf) if self.floor is None else self.floor
-        self.high, self.collect = self.ceiling, self.ceiling > -np.inf
+        self.high, self.collect = self.ceiling, True
         if first < last:
             center = min(max(self.center, first), last - 1)
             left, right = max(center - self.width, first), min(center + self.width, last - 1)
@@ -120,6 +127,8 @@ class Search:
                         self.low = max(self.low, value)
                     elif self._is_atom(value) and value > sample[center]:
                         self.high = min(self.high, _below(value))
+        # Nothing is below −∞, to be collected: t is −∞ or above it.
+        self.collect = self.collect and bool(self.high > -np.inf)
         return self.low, self.high, self.collect
 
     def found(self, above_low: int, above_high: int) -> bool:

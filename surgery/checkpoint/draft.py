@@ -62,7 +62,7 @@ class Draft:
     Args:
         out: the output folder, checked.
         shards: for each file name, its tensors in the order of their data, and the header's metadata.
-        identity: what the run is: inputs, method, options. A draft is resumed only by the same run.
+        identity: what the run is: inputs, method, options. A draft is resumed only by the same run, but for its "command".
         resume: continue the draft of a killed run.
 
     Raises:
@@ -189,16 +189,15 @@ class Draft:
             found, records = json.loads(lines[0]), _records(lines[1:])
         except ValueError:
             found, records = None, {}
-        if resume and found is not None and found != self.identity:
-            self.journal.close()
-            changed = ", ".join(
-                sorted(key for key in {**self.identity, **found} if found.get(key) != self.identity.get(key))
-            )
-            raise OutputError(
-                f"{self.out}: --resume needs the run that was stopped, but this one has another {changed}. Repeat that command, or "
-                "start afresh without --resume."
-            )
         if resume and found is not None:
+            changed = sorted(key for key in found | self.identity if found.get(key) != self.identity.get(key))
+            if changed not in ([], ["command"]):
+                self.journal.close()
+                raise OutputError(
+                    f"{self.out}: --resume needs the run that was stopped, but this one differs in {', '.join(changed)}. Repeat "
+                    "that command, or start afresh without --resume."
+                )
+            self.identity = found
             self.done = {name: record for name, record in records.items() if name in self.tensors}
         else:
             for leftover in self.folder.iterdir():
@@ -208,14 +207,14 @@ class Draft:
         self._enter([(name, record) for name, record in self.done.items()], identity=True)
 
     def _open_shards(self) -> None:
-        for name, size in self.sizes.items():
+        for name in self.sizes:
             self.files[name] = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         written = sum(os.fstat(file).st_blocks * 512 for file in self.files.values())
         needed, free = sum(self.sizes.values()), shutil.disk_usage(self.folder).free
         if needed > free + written:
             raise OutputError(
-                f"{self.out}: the disk has {free + written:,} bytes free, the output needs {needed:,}. Make room or choose another "
-                "--out."
+                f"{self.out}: the disk has {free + written:,} bytes free, the output needs {needed:,}. Make room or choose "
+                "another --out."
             )
         for name, size in self.sizes.items():
             os.ftruncate(self.files[name], size)

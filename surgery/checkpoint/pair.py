@@ -108,7 +108,7 @@ def _align(pre: Mapping[str, Tensor], ft: Mapping[str, Tensor]) -> tuple[dict[st
 
 def _prefixes(names: Iterable[str]) -> set[str]:
     """The first one, two and three segments of the names of layers: "model.", "model.decoder."."""
-    found = set()
+    found: set[str] = set()
     for name in names:
         head = name.split(".")[:3]
         found.update(".".join(head[:count]) + "." for count in range(1, len(head)))

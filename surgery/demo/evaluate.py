@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import LlamaForCausalLM
 
+from surgery.demo.model import load_model
 from surgery.demo.skills import Item
 from surgery.demo.tokens import IGNORED, encode
 
@@ -23,8 +23,7 @@ def exact_match(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def accuracies(folder: Path, skills: Mapping[str, Sequence[Item]]) -> dict[str, float]:
     """Share of each skill's items, from 0 to 1, that the checkpoint in `folder` answers exactly (float32 compute)."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    model.eval()
+    model = load_model(folder)
     shares: dict[str, float] = {}
     with torch.inference_mode():
         for name, items in skills.items():

@@ -67,14 +67,14 @@ def demo(
     console: Console,
     edit: Callable[..., object],
     seed: int = 0,
-    effort: Effort = Effort(),  # noqa: B008 (frozen)
+    effort: Effort = Effort(),
 ) -> dict[str, Any]:
     """Train a pair, edit it with each of `SURGERIES`, print the table, and return the numbers.
 
     Args:
         out: folder for the checkpoints (`pre`, `ft`, one for each method) and `demo.json`; new or empty.
         console: where progress and the table go.
-        edit: runs a method, as `edit(pre, ft, out, method, **options)`, and writes a checkpoint to the new folder `out`.
+        edit: runs a method, as `edit(pre, ft, out, method, **options)`, and writes a checkpoint to a new folder `out`.
         seed: of the facts, the initial weights and the batches.
         effort: how much to train and evaluate.
 
@@ -92,8 +92,9 @@ def demo(
     import torch
     import transformers
 
-    from surgery.demo import train
     from surgery.demo.evaluate import accuracies, distance
+    from surgery.demo.model import load_model, new_model, save_model
+    from surgery.demo.train import FINE_TUNING_RATE, PRE_TRAINING_RATE, Schedule, train
 
     general = general_skills(seed)
     questions = {skill.name: evaluation_items(skill, effort.items) for skill in (*general, NEW_SKILL)}
@@ -107,21 +108,22 @@ def demo(
             rows.append(Row(label, folder, skills, downstream, distance(out / "pre", out / folder)))
 
     with _quiet_training(torch, transformers) as threads:
-        model = train.new_model(seed)
+        model = new_model(seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         names = ", ".join(skill.name for skill in general)
-        console.print(f"A new Llama of {parameters:,} parameters, {threads} threads. Skills: {names}.", highlight=False)
+        _say(console, f"A new Llama of {parameters:,} parameters learns {names} ({threads} threads).")
         with _timed(seconds, "pre-training"), _steps(console, "pre-training", effort.pre_training_steps) as advance:
-            schedule = train.Schedule(effort.pre_training_steps, train.PRE_TRAINING_RATE)
-            train.train(model, general, schedule, seed, advance)
-            train.save(model, out / "pre")
+            schedule = Schedule(effort.pre_training_steps, PRE_TRAINING_RATE)
+            train(model, general, schedule, seed, advance)
+            save_model(model, out / "pre")
         measure("Pre-trained", "pre")
         _say(console, f"Pre-trained in {seconds['pre-training']:.0f} s: general average {rows[0].general:.3f}.")
 
         with _timed(seconds, "fine-tuning"), _steps(console, "fine-tuning", effort.fine_tuning_steps) as advance:
-            schedule = train.Schedule(effort.fine_tuning_steps, train.FINE_TUNING_RATE)
-            train.train(model, [NEW_SKILL], schedule, seed + 1, advance)
-            train.save(model, out / "ft")
+            model = load_model(out / "pre")
+            schedule = Schedule(effort.fine_tuning_steps, FINE_TUNING_RATE)
+            train(model, [NEW_SKILL], schedule, seed + 1, advance)
+            save_model(model, out / "ft")
         measure("Fine-tuned", "ft")
         _say(
             console,
@@ -134,7 +136,9 @@ def demo(
                 edit(out / "pre", out / "ft", out / surgery.folder, surgery.method, **surgery.options)
             measure(surgery.label, surgery.folder)
 
+    console.print()
     console.print(results_table(rows, NEW_SKILL.name))
+    console.print()
     _say(console, "Share of held-out questions answered exactly (facts: of the memorised ones).")
     _say(console, f"AVG.: mean of the general skills. {NEW_SKILL.name.upper()}: the downstream skill, sort each pair.")
     _say(console, "D: distance from pre-trained, mean over tensors of ‖θ − θ0‖ / ‖θ0‖.")
@@ -165,7 +169,7 @@ def _check_transformers() -> None:
         import transformers  # noqa: F401
     except ImportError:
         raise SurgeryError(
-            "surgery demo trains a small model with transformers, which is not installed: pip install 'model-surgery[demo]'"
+            "surgery demo trains a model with transformers, which is not installed: pip install 'model-surgery[demo]'"
         ) from None
 
 
@@ -188,9 +192,9 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 @contextmanager
 def _steps(console: Console, phase: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar that disappears when done; gives the function that moves it one step on."""
+    """A progress bar that disappears when done, on a terminal only; gives the function that moves it one step on."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(phase, total=total)
         yield lambda: progress.advance(task)
 

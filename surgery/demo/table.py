@@ -33,7 +33,7 @@ def results_table(rows: Sequence[Row], new_skill: str) -> Table:
     Edited models stand under a rule, below the two that they are made from (the first two rows). All rows must have
     the same skills.
     """
-    table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for heading in (*rows[0].skills, "AVG.", new_skill.upper(), "D"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -42,6 +42,6 @@ def tokenizer() -> "PreTrainedTokenizerFast":
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel(TOKEN_ID, unk_token=UNKNOWN))
+    words: Any = Tokenizer(WordLevel(TOKEN_ID, unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, unk_token=UNKNOWN)

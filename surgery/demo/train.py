@@ -1,20 +1,18 @@
-"""The demo's model and its training: an ordinary loop, on an ordinary Llama architecture, made small."""
+"""The demo's training: an ordinary loop of AdamW, the same for pre-training and fine-tuning."""
 
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from surgery.demo.skills import Skill, training_items
-from surgery.demo.tokens import IGNORED, PAD, TOKEN_ID, VOCABULARY, encode, tokenizer
+from surgery.demo.tokens import IGNORED, encode
 
 WARMUP_STEPS = 30
-SHARD_SIZE = "800KB"
 
 
 @dataclass(frozen=True)
@@ -29,26 +27,6 @@ class Schedule:
 # general skill within a minute or so, the second, an ordinary quarter of it, the new skill within seconds.
 PRE_TRAINING_RATE = 4e-3
 FINE_TUNING_RATE = 1e-3
-
-
-def new_model(seed: int) -> LlamaForCausalLM:
-    """A float32 Llama of 4 layers, width 128, about a million parameters, randomly initialised from `seed`."""
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-        pad_token_id=TOKEN_ID[PAD],
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 def train(
@@ -82,15 +60,3 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         on_step()
-    model.eval()
-
-
-def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write `model` to `folder` as an ordinary checkpoint: sharded bfloat16 weights, config, tokenizer.
-
-    The model itself is rounded to bfloat16 and back to float32, so that training goes on from what was written.
-    """
-    model.to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    tokenizer().save_pretrained(folder)
-    model.to(torch.float32)

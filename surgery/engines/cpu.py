@@ -66,13 +66,13 @@ class CpuEngine:
                         result = self._blend(action, step.pre, step.ft, pre, ft, sink)
                     case Keep() | Reset() as action:
                         result = self._take(action, step.pre, step.ft, pre, ft, sink)
-        return self._checked(step, result)
+        return checked(step, result, allow_nonfinite=self.allow_nonfinite)
 
     def _copy(self, tensor: Tensor, file: BinaryIO, sink: Sink) -> None:
         file.seek(tensor.begin)
         for start in range(0, tensor.nbytes, COPY_BYTES):
             view = memoryview(self.copying)[: min(COPY_BYTES, tensor.nbytes - start)]
-            self._fill(file, view, tensor)
+            self.tick(fill(file, view, tensor))
             sink.write(start, view)
 
     def _take(
@@ -145,7 +145,7 @@ class CpuEngine:
         for start in range(0, pre.entries, CHUNK):
             count = min(CHUNK, pre.entries - start)
             view = memoryview(self.raw_pre)[: count * itemsize]
-            self._fill(file, view, pre)
+            self.tick(fill(file, view, pre))
             total += kernels.abs_sum(pre.dtype, np.frombuffer(view, RAW[pre.dtype]))
         return np.float32(total / pre.entries)
 
@@ -169,7 +169,7 @@ class CpuEngine:
             for position, start in enumerate(starts):
                 file.seek(tensor.begin + int(start) * sampled.itemsize)
                 part = sampled[position * length : (position + 1) * length]
-                self._fill(file, memoryview(part.view(np.uint8)), tensor, count=False)
+                fill(file, memoryview(part.view(np.uint8)), tensor)
             raw.append(sampled)
         delta, weight = kernels.task_vector(pre.dtype, raw[0], ft.dtype, raw[1])
         scores: Floats = action.score(delta, weight, mean)
@@ -186,21 +186,8 @@ class CpuEngine:
             count = min(CHUNK, ft.entries - start)
             base = memoryview(self.raw_pre)[: count * pre_type.itemsize]
             tuned = memoryview(self.raw_ft)[: count * ft_type.itemsize]
-            self._fill(pre_file, base, pre)
-            self._fill(ft_file, tuned, ft)
+            self.tick(fill(pre_file, base, pre) + fill(ft_file, tuned, ft))
             yield start, np.frombuffer(base, pre_type), np.frombuffer(tuned, ft_type)
-
-    def _fill(self, file: BinaryIO, view: memoryview, tensor: Tensor, *, count: bool = True) -> None:
-        done = 0
-        while done < len(view):
-            got = file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not got:
-                raise CheckpointError(
-                    f"{tensor.path}: ends in the middle of tensor {tensor.name}: it changed while it was read."
-                )
-            done += got
-        if count:
-            self.tick(done)
 
     def _output(self, ft: Tensor) -> Array:
         if len(self.output) < ft.nbytes:
@@ -218,15 +205,41 @@ class CpuEngine:
             )
         return cast
 
-    def _checked(self, step: Step, result: Result) -> Result:
-        assert result.before2 is not None and result.weight2 is not None
-        result.nonfinite = not np.isfinite(result.before2 + result.weight2)
-        if result.nonfinite and not self.allow_nonfinite and not isinstance(step.action, Keep):
+
+def fill(file: BinaryIO, view: memoryview, tensor: Tensor) -> int:
+    """Read as many bytes as the view holds; return that number.
+
+    Raises:
+        CheckpointError: the file ends before, or cannot be read.
+    """
+    done = 0
+    while done < len(view):
+        try:
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{tensor.path}: cannot be read ({error.strerror}).") from error
+        if not got:
             raise CheckpointError(
-                f"{step.ft.name} holds NaN or Inf, in {step.ft.path} or in {step.pre.path if step.pre else ''}. Repair it, "
-                "exclude it, or allow it with --allow-nonfinite."
+                f"{tensor.path}: ends in the middle of tensor {tensor.name}: it changed while it was read."
             )
-        return result
+        done += got
+    return done
+
+
+def checked(step: Step, result: Result, *, allow_nonfinite: bool) -> Result:
+    """The result, with a note where NaN or Inf was met.
+
+    Raises:
+        CheckpointError: it was met in a tensor that is edited.
+    """
+    sums = (result.before2 or 0.0) + (result.weight2 or 0.0)
+    result.nonfinite = not np.isfinite(sums)
+    if result.nonfinite and not allow_nonfinite and step.pre and not isinstance(step.action, Keep):
+        raise CheckpointError(
+            f"{step.ft.name} holds NaN or Inf, in {step.ft.path} or in {step.pre.path}. Repair it, exclude it, or allow it with "
+            "--allow-nonfinite."
+        )
+    return result
 
 
 class _Sums:

@@ -117,7 +117,7 @@ def choose(names: Iterable[str], ratio: float, level: str = "category", seed: in
 
 
 def _every_other(layers: dict[int, dict[str, dict[str, list[str]]]], ratio: float) -> set[str]:
-    picked = set()
+    picked: set[str] = set()
     for position, index in enumerate(sorted(layers)):
         # Spreads any ratio evenly; at 0.5 the first, third, … layer.
         if _half_up((position + 1) * ratio) > _half_up(position * ratio):
@@ -136,8 +136,8 @@ def _by_category(stack: str, layers: dict[int, dict[str, dict[str, list[str]]]],
         counts = {index: math.floor(value) for index, value in exact.items()}
         uneven = [index for index in exact if exact[index] > counts[index]]
         missing = _half_up(ratio * sum(map(len, members.values()))) - sum(counts.values())
-        for index in _draw(map(str, uneven), missing, seed, f"layers {stack} {category}"):
-            counts[int(index)] += 1
+        for extra in _draw(map(str, uneven), missing, seed, f"layers {stack} {category}"):
+            counts[int(extra)] += 1
         for index, keys in members.items():
             picked.update(_draw(keys, counts[index], seed, f"{category} {index}"))
     return picked

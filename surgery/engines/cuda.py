@@ -1,0 +1,135 @@
+"""Edit one tensor on a GPU: the same selection, on whole tensors.
+
+Files are read into two pinned buffers in turn, so that reading one overlaps with the copy of the other to the device; each
+worker has a stream of its own, so that the copies of one overlap with the arithmetic of the next. What needs no arithmetic
+takes the CPU's way.
+
+Memory on the device: about 20 bytes for each entry of the largest tensor and worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery.actions import Blend, Prune
+from surgery.checkpoint.header import Tensor
+from surgery.engines.cpu import CpuEngine, Sink, checked, fill
+from surgery.engines.plan import Step
+from surgery.engines.results import Result
+from surgery.errors import CheckpointError, OptionError
+from surgery.methods.hma import blend
+from surgery.selection import keep_mask
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+STAGING_BYTES = 32 << 20
+
+
+def find_device(name: str) -> torch.device:
+    """The device called "cuda" or "cuda:N".
+
+    Raises:
+        OptionError: no such device is here, or the name is none.
+    """
+    if not re.fullmatch(r"cuda(:[0-9]+)?", name):
+        raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}.")
+    if not torch.cuda.is_available():
+        raise OptionError("--device cuda: no CUDA device is available here. Use --device cpu.")
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0.")
+    return device
+
+
+class CudaEngine:
+    """One worker's stream and staging buffers.
+
+    Args:
+        tick: called with the number of bytes that were read; may raise to stop the work.
+        device: where to compute. Any torch device will do; pinning and streams are used on CUDA.
+        allow_nonfinite: let NaN and Inf of an edited tensor pass.
+    """
+
+    def __init__(self, tick: Callable[[int], None], device: torch.device, *, allow_nonfinite: bool = False) -> None:
+        self.cpu = CpuEngine(tick, allow_nonfinite=allow_nonfinite)
+        self.tick, self.device, self.allow_nonfinite = tick, device, allow_nonfinite
+        self.on_gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
+        self.staging = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(2)]
+        self.copied: list[Any] = [torch.cuda.Event() for _ in range(2)] if self.on_gpu else []  # type: ignore[no-untyped-call]
+
+    def run(self, step: Step, sink: Sink) -> Result:
+        """Carry out a step.
+
+        Raises:
+            CheckpointError: a file ends early, or an edited tensor holds NaN or Inf.
+        """
+        if step.pre is None or not isinstance(step.action, (Prune, Blend)):
+            return self.cpu.run(step, sink)
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+            pre, ft = self._load(step.pre), self._load(step.ft)
+            kept = None
+            if isinstance(step.action, Prune):
+                keep = keep_mask(pre, ft, step.action.score, step.action.sparsity)
+                kept = int(keep.sum())
+                out = torch.where(keep, ft, pre.to(ft.dtype))
+            else:
+                out = blend(_wide(pre), _wide(ft), step.action.alpha).to(ft.dtype)
+            result = Result(
+                kept=kept,
+                pruned=None if kept is None else ft.numel() - kept,
+                differ=int((_wide(out) != _wide(pre)).sum()),
+                before2=_square_norm(_wide(ft) - _wide(pre)),
+                after2=_square_norm(_wide(out) - _wide(pre)),
+                weight2=_square_norm(_wide(pre)),
+            )
+            result = checked(step, result, allow_nonfinite=self.allow_nonfinite)
+            if not self.allow_nonfinite and not bool(torch.isfinite(out).all()):
+                raise CheckpointError(
+                    f"{step.pre.path}: {step.pre.name} holds a number too large for ft's {step.ft.dtype}. Repair it, or allow "
+                    "it with --allow-nonfinite."
+                )
+            self._store(out, sink)
+        return result
+
+    def _load(self, tensor: Tensor) -> torch.Tensor:
+        """The tensor on the device, flat."""
+        loaded = torch.empty(tensor.nbytes, dtype=torch.uint8, device=self.device)
+        with tensor.path.open("rb", buffering=0) as file:
+            file.seek(tensor.begin)
+            for turn, start in enumerate(range(0, tensor.nbytes, STAGING_BYTES)):
+                part = self._free(turn)[: min(STAGING_BYTES, tensor.nbytes - start)]
+                self.tick(fill(file, memoryview(part.numpy()).cast("B"), tensor))
+                loaded[start : start + len(part)].copy_(part, non_blocking=True)
+                self._used(turn)
+        return loaded.view(DTYPES[tensor.dtype])
+
+    def _store(self, out: torch.Tensor, sink: Sink) -> None:
+        raw = out.view(torch.uint8)
+        for start in range(0, len(raw), STAGING_BYTES):
+            part = self._free(0)[: min(STAGING_BYTES, len(raw) - start)]
+            part.copy_(raw[start : start + len(part)])
+            sink.write(start, np.asarray(part.numpy()))
+
+    def _free(self, turn: int) -> torch.Tensor:
+        """A staging buffer whose last copy is over."""
+        if self.on_gpu:
+            self.copied[turn % 2].synchronize()
+        return self.staging[turn % 2]
+
+    def _used(self, turn: int) -> None:
+        if self.on_gpu:
+            self.copied[turn % 2].record(self.stream)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _square_norm(x: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.float(), dtype=torch.float64)) ** 2
