@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/surgery demo
+	rm -rf build/demo
+	$(BIN)/surgery demo --out build/demo
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -16,9 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 after an error, which is one sentence on standard error; 130 after Ctrl-C.
     """
-    from surgery.commands import app
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        from surgery.commands import app
+
         code = app(args=arguments, prog_name="surgery", standalone_mode=False)
     except SurgeryError as error:
         return _fail(str(error))
@@ -28,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("Not enough memory for the largest tensor. Try --workers 1.")
     except OSError as error:
-        return _fail(f"{error.filename or 'The operating system'}: {error.strerror or error}.")
+        return _fail(f"{error.filename or 'Standard output'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:
@@ -41,12 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             raise
     if code == INTERRUPTED:
-        print("Stopped; nothing was left behind.", file=sys.stderr)
+        print("Stopped.", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
 def _fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    # A file's or a tensor's name may hold anything, commands to the terminal included.
+    line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in sentence)
+    print(f"error: {line}", file=sys.stderr)
     return 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
 
     columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
         yield lambda nbytes: bar.update(task, advance=nbytes)
 
@@ -48,7 +49,7 @@ def show_plan(job: Job, *, as_json: bool) -> None:
             for (category, doing), (tensors, entries, nbytes) in sizes.items()
         ]
         document = {"method": job.method.name, "output": str(job.out), "bytes": job.nbytes, "plan": plan}
-        print(json.dumps({**document, "notes": job.pair.notes}, indent=2, ensure_ascii=False))
+        print(json.dumps({**document, "notes": job.pair.notes}, indent=2))
         return
     table = _table("Category", "Action", "Tensors", "Entries", "Bytes")
     words = {"keep": "keep ft", "reset": "reset to pre", "prune": "prune", "blend": "average", "copy": "copy ft"}
@@ -65,7 +66,8 @@ def show_report(report: dict[str, Any], out: Path, *, as_json: bool) -> None:
     if as_json:
         from surgery.report import dumps
 
-        print(dumps(report), end="")
+        sys.stdout.buffer.write(dumps(report))
+        sys.stdout.flush()
         return
     table = _table("Category", "Tensors", "Entries", "To pre", "Sparsity", "Effective", "D before", "D after")
     for category, group in report["categories"].items():
@@ -92,7 +94,7 @@ def _cells(group: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _console() -> Console:
-    return Console(highlight=False, width=None if os.isatty(1) else 80)
+    return Console(highlight=False, markup=False, emoji=False, width=None if os.isatty(1) else 80)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -105,7 +107,7 @@ def _table(first: str, *others: str) -> Table:
 
 def _notes(console: Console, notes: list[str]) -> None:
     for note in notes:
-        console.print(f"Note: {note}", markup=False)
+        console.print(f"Note: {note}")
 
 
 def _label(category: str) -> str:

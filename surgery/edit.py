@@ -22,7 +22,7 @@ from surgery.engines.cpu import CpuEngine
 from surgery.engines.cpu import Sink as SinkProtocol
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
-from surgery.errors import OptionError
+from surgery.errors import CheckpointError, OptionError
 from surgery.methods import Method
 
 # More threads than this wait for the interpreter, not for the data.
@@ -43,6 +43,8 @@ class Job:
     Attributes:
         steps: one for each tensor of ft, in the order of ft's shards.
         out: the output folder.
+        replace: a checkpoint that is there may be replaced.
+        copies: ft's files that travel with its weights: name in the output -> path.
         nbytes: the size of the output's weights.
         reading: bytes that will be read, for the progress bar.
     """
@@ -51,6 +53,8 @@ class Job:
     method: Method
     steps: list[Step]
     out: Path
+    replace: bool
+    copies: dict[str, Path]
 
     @property
     def nbytes(self) -> int:
@@ -81,12 +85,14 @@ def prepare(pre: str | Path, ft: str | Path, method: Method, *, out: Path | None
     base = open_checkpoint(str(pre))
     both = pair(base, tuned)
     actions = method.plan(both.items)
-    target = check_output(out or _default_out(tuned, method), [base.folder, tuned.folder], force=force)
+    # A folder may hold links, to the hub's cache or elsewhere: what they lead to is input too.
+    inputs = [path for folder in (base.folder, tuned.folder) for path in (folder, *sorted(folder.iterdir()))]
+    target = check_output(out or _default_out(tuned, method), inputs, force=force)
     steps = [
         Step(item.ft, item.pre, item.place, action, item.ft.path.name)
         for item, action in zip(both.items, actions, strict=True)
     ]
-    return Job(both, method, steps, target)
+    return Job(both, method, steps, target, force, companions(tuned))
 
 
 def run(
@@ -114,7 +120,7 @@ def run(
         KeyboardInterrupt: Ctrl-C; nothing is left behind.
     """
     make_engine = _engine(device, allow_nonfinite)
-    count = workers or min(_cores(), MAX_WORKERS)
+    count = min(_cores(), MAX_WORKERS) if workers is None else workers
     if count < 1:
         raise OptionError(f"--workers must be 1 or more, not {count}.")
     identity = _identity(job, allow_nonfinite, device, command)
@@ -124,24 +130,28 @@ def run(
         for name in job.pair.ft.shards
         if any(step.shard == name for step in job.steps)
     }
-    with Draft(job.out, shards, identity, resume=resume) as draft:
+    extra = sum(path.stat().st_size for path in job.copies.values())
+    with Draft(job.out, shards, identity, resume=resume, replace=job.replace, extra=extra) as draft:
         todo = [step for step in job.steps if step.ft.name not in draft.done]
         advance(job.reading - sum(map(_reading, todo)))
         try:
             _stream(todo, draft, make_engine, count, advance)
         except OSError as error:
             raise explain(error, job.out) from error
+        for side, checkpoint in (("pre", job.pair.pre), ("ft", job.pair.ft)):
+            if _files(checkpoint) != identity[side]:
+                raise CheckpointError(f"{checkpoint.folder}: its shards changed while surgery read them. Run it again.")
         # A resumed run reports the command that began it.
         document = _report(job, draft.done, draft.identity["command"])
         files = {
-            REPORT: report.dumps(document).encode(),
-            "README.md": report.model_card(document, job.out.name).encode(),
+            REPORT: report.dumps(document),
+            "README.md": report.model_card(document, job.out.name).encode(errors="backslashreplace"),
         }
         if job.pair.ft.index is not None:
             weight_map = {step.ft.name: step.shard for step in job.steps}
             index = {"metadata": job.pair.ft.index, "weight_map": weight_map}
             files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-        draft.commit(files, companions(job.pair.ft))
+        draft.commit(files, job.copies)
     return document
 
 
@@ -209,8 +219,9 @@ def _engine(device: str, allow_nonfinite: bool) -> Callable[[Callable[[int], Non
 
 def _reading(step: Step) -> int:
     base = step.pre.nbytes if step.pre else 0
-    twice = isinstance(step.action, Prune) and step.action.uses_mean
-    return step.ft.nbytes + base * (2 if twice else 1)
+    if isinstance(step.action, Prune):  # for the mean, for the threshold, for the output
+        return (2 * step.ft.nbytes + 2 * base) + (base if step.action.uses_mean else 0)
+    return step.ft.nbytes + base
 
 
 def _default_out(ft: Checkpoint, method: Method) -> Path:

@@ -28,9 +28,13 @@ typedef struct {
 
 typedef struct {
     Distance before;
-    double kept2; /* sum of (ft - pre)^2 over the kept entries */
-    int64_t changed, above_low, above_high, collected;
+    double kept2;          /* sum of (ft - pre)^2 over the kept entries */
+    int64_t changed, kept; /* kept entries, and those of them where ft != pre */
 } Pruned;
+
+typedef struct {
+    int64_t above_low, above_high, collected;
+} Counted;
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -117,65 +121,79 @@ VECTOR void distance(int pre_dtype, const void *pre, int x_dtype, const void *x,
     *result = (Distance){total(delta2), total(weight2), differ};
 }
 
-/* The twin of methods/fapm.py and methods/magnitude.py. */
+/* The twin of methods/fapm.py and methods/magnitude.py; delta and weight still have their signs. */
 INLINE void score_block(int kind, const float *delta, const float *weight, float mean, float *restrict score) {
     if (kind == FAPM)
         for (size_t i = 0; i < BLOCK; i++) {
-            float value = delta[i] - mean * delta[i] / weight[i];
-            score[i] = weight[i] != 0.0f ? value : delta[i] != 0.0f ? -INFINITY : 0.0f;
+            float moved = fabsf(delta[i]), size = fabsf(weight[i]);
+            float value = moved - mean * moved / size;
+            score[i] = size != 0.0f ? value : moved != 0.0f ? -INFINITY : 0.0f;
         }
     else
-        memcpy(score, delta, BLOCK * sizeof(float));
+        for (size_t i = 0; i < BLOCK; i++) score[i] = fabsf(delta[i]);
 }
 
-/* Append the places and scores of the few ones among BLOCK flags, eight flags at a glance. */
-INLINE int64_t collect(const uint8_t *flags, const float *score, size_t start, uint32_t *where, float *inside, int64_t count) {
+/* Append the few of a block's values that are flagged, looking at eight flags at a time. */
+INLINE int64_t collect(const uint8_t *flags, const float *values, float *out, int64_t count) {
     for (size_t i = 0; i < BLOCK; i += 8) {
         uint64_t eight;
         memcpy(&eight, flags + i, 8);
         if (eight)
             for (size_t j = i; j < i + 8; j++)
-                if (flags[j]) {
-                    where[count] = (uint32_t)(start + j);
-                    inside[count++] = score[j];
-                }
+                if (flags[j]) out[count++] = values[j];
     }
     return count;
 }
 
-/* `base` is pre in ft's type. `where` and `inside` have room for n, or are null. */
-#define PRUNE(NAME, WORD)                                                                                                      \
-    VECTOR void NAME(int kind, float mean, float low, float high, int pre_dtype, const void *pre, const WORD *base,           \
-                     int ft_dtype, const WORD *ft, size_t n, WORD *restrict out, uint32_t *restrict where,                    \
-                     float *restrict inside, Pruned *result) {                                                                \
-        double delta2[LANES] = {0}, weight2[LANES] = {0}, kept2[LANES] = {0};                                                  \
-        int64_t differ = 0, changed = 0, above_low = 0, above_high = 0, collected = 0;                                         \
-        float p[BLOCK], d[BLOCK], score[BLOCK];                                                                                \
-        uint8_t between[BLOCK];                                                                                                \
-        for (size_t start = 0; start < n; start += BLOCK) {                                                                    \
-            size_t size = n - start < BLOCK ? n - start : BLOCK;                                                               \
-            uint32_t lows = 0, highs = 0, changes = 0;                                                                         \
-            difference_block(pre_dtype, pre, ft_dtype, ft, start, size, p, d, delta2, weight2, &differ);                       \
-            for (size_t i = 0; i < BLOCK; i++) {                                                                               \
-                d[i] = fabsf(d[i]);                                                                                            \
-                p[i] = fabsf(p[i]);                                                                                            \
-            }                                                                                                                  \
-            score_block(kind, d, p, mean, score);                                                                              \
-            for (size_t i = size; i < BLOCK; i++) score[i] = -INFINITY;                                                        \
-            for (size_t i = 0; i < BLOCK; i++) {                                                                               \
-                int keep = score[i] > high, above = score[i] > low;                                                            \
-                lows += above;                                                                                                 \
-                highs += keep;                                                                                                 \
-                changes += keep & (d[i] != 0.0f);                                                                              \
-                d[i] = keep ? d[i] : 0.0f;                                                                                     \
-                between[i] = (uint8_t)(above ^ keep);                                                                          \
-            }                                                                                                                  \
-            for (size_t i = 0; i < size; i++) out[start + i] = score[i] > high ? ft[start + i] : base[start + i];              \
-            add_squares(d, kept2);                                                                                             \
-            if (where && lows != highs) collected = collect(between, score, start, where, inside, collected);                  \
-            above_low += lows, above_high += highs, changed += changes;                                                        \
-        }                                                                                                                      \
-        *result = (Pruned){{total(delta2), total(weight2), differ}, total(kept2), changed, above_low, above_high, collected};  \
+/* `inside` has room for n, or is null. */
+VECTOR void count(int kind, float mean, float low, float high, int pre_dtype, const void *pre, int ft_dtype, const void *ft,
+                  size_t n, float *inside, Counted *result) {
+    int64_t above_low = 0, above_high = 0, collected = 0;
+    float p[BLOCK], d[BLOCK], score[BLOCK];
+    uint8_t between[BLOCK];
+    for (size_t start = 0; start < n; start += BLOCK) {
+        size_t size = n - start < BLOCK ? n - start : BLOCK;
+        uint32_t lows = 0, highs = 0;
+        widen_block(pre_dtype, pre, start, size, p);
+        widen_block(ft_dtype, ft, start, size, d);
+        for (size_t i = 0; i < BLOCK; i++) d[i] -= p[i];
+        score_block(kind, d, p, mean, score);
+        for (size_t i = size; i < BLOCK; i++) score[i] = -INFINITY;
+        for (size_t i = 0; i < BLOCK; i++) {
+            lows += score[i] > low;
+            highs += score[i] > high;
+            between[i] = (uint8_t)((score[i] > low) ^ (score[i] > high));
+        }
+        if (inside && lows != highs) collected = collect(between, score, inside, collected);
+        above_low += lows, above_high += highs;
+    }
+    *result = (Counted){above_low, above_high, collected};
+}
+
+/* `base` is pre in ft's type. */
+#define PRUNE(NAME, WORD)                                                                                            \
+    VECTOR void NAME(int kind, float mean, float threshold, int pre_dtype, const void *pre, const WORD *base,        \
+                     int ft_dtype, const WORD *ft, size_t n, WORD *restrict out, Pruned *result) {                   \
+        double delta2[LANES] = {0}, weight2[LANES] = {0}, kept2[LANES] = {0};                                        \
+        int64_t differ = 0, changed = 0, kept = 0;                                                                   \
+        float p[BLOCK], d[BLOCK], score[BLOCK];                                                                      \
+        for (size_t start = 0; start < n; start += BLOCK) {                                                          \
+            size_t size = n - start < BLOCK ? n - start : BLOCK;                                                     \
+            uint32_t keeps = 0, changes = 0;                                                                         \
+            difference_block(pre_dtype, pre, ft_dtype, ft, start, size, p, d, delta2, weight2, &differ);             \
+            score_block(kind, d, p, mean, score);                                                                    \
+            for (size_t i = size; i < BLOCK; i++) score[i] = -INFINITY;                                              \
+            for (size_t i = 0; i < BLOCK; i++) {                                                                     \
+                int keep = score[i] > threshold;                                                                     \
+                keeps += keep;                                                                                       \
+                changes += keep & (d[i] != 0.0f);                                                                    \
+                d[i] = keep ? d[i] : 0.0f;                                                                           \
+            }                                                                                                        \
+            for (size_t i = 0; i < size; i++) out[start + i] = score[i] > threshold ? ft[start + i] : base[start + i]; \
+            add_squares(d, kept2);                                                                                   \
+            kept += keeps, changed += changes;                                                                       \
+        }                                                                                                            \
+        *result = (Pruned){{total(delta2), total(weight2), differ}, total(kept2), changed, kept};                    \
     }
 
 PRUNE(prune16, uint16_t)

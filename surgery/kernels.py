@@ -44,21 +44,24 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
-class Pruned:
-    """What `prune` did with a chunk.
+class Counted:
+    """How many scores of a chunk are above each end of a bracket, and the scores inside it (float32)."""
 
-    before is the distance of ft from pre, kept2 ΣΔ² over the kept entries, changed the number of kept entries with Δ ≠ 0.
-    above_low and above_high count the scores above each end of the bracket; where (integers) and inside (float32) are the
-    places and values of the scores in it.
+    above_low: int
+    above_high: int
+    inside: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What `prune` did with a chunk: the distance of ft from pre, ΣΔ² over the kept entries, how many of these have Δ ≠ 0, and
+    how many there are.
     """
 
     before: Distance
     kept2: float
     changed: int
-    above_low: int
-    above_high: int
-    where: Array
-    inside: Floats
+    kept: int
 
 
 def widen(dtype: str, raw: Array) -> Array:
@@ -102,10 +105,40 @@ def distance(pre_dtype: str, pre: Array, dtype: str, x: Array) -> Distance:
     return _measure(*_difference(pre_dtype, pre, dtype, x))
 
 
-def prune(
+def count(
     action: Prune,
     mean: np.float32,
     bracket: tuple[np.float32, np.float32, bool],
+    pre_dtype: str,
+    pre: Array,
+    ft_dtype: str,
+    ft: Array,
+) -> Counted:
+    """Score a chunk, count, and collect the scores in (low, high]. A score that is NaN is above nothing.
+
+    Args:
+        mean: mean |W_pre| of the whole tensor.
+        bracket: low, high, and whether to collect.
+    """
+    low, high, collect = bracket
+    if native and action.kernel in native.scores and {pre_dtype, ft_dtype} <= native.dtypes.keys():
+        inside, result = np.empty(len(pre) if collect else 0, np.float32), _Counted()
+        native.library.count(
+            *(native.scores[action.kernel], mean, low, high),
+            *(native.dtypes[pre_dtype], pre.ctypes.data, native.dtypes[ft_dtype], ft.ctypes.data, len(pre)),
+            *(inside.ctypes.data if collect else None, ctypes.byref(result)),
+        )
+        return Counted(result.above_low, result.above_high, inside[: result.collected].copy())
+    score = action.score(*task_vector(pre_dtype, pre, ft_dtype, ft), mean)
+    above_low, above_high = score > low, score > high
+    inside = score[above_low ^ above_high] if collect else score[:0]
+    return Counted(int(np.count_nonzero(above_low)), int(np.count_nonzero(above_high)), inside)
+
+
+def prune(
+    action: Prune,
+    mean: np.float32,
+    threshold: np.float32,
     pre_dtype: str,
     pre: Array,
     base: Array,
@@ -113,36 +146,36 @@ def prune(
     ft: Array,
     out: Array,
 ) -> Pruned:
-    """Score a chunk and write ft where score > high, else pre, into out.
-
-    Whether an entry whose score lies in (low, high] is kept is settled later, when the threshold is known: with collect, such
-    entries are returned. A score that is NaN is above nothing, so its entry is pruned first.
+    """Score a chunk and write ft where the score is above the threshold, else pre, into out.
 
     Args:
         mean: mean |W_pre| of the whole tensor.
-        bracket: low, high, collect.
         pre, base: raw pre in its own type, and in ft's.
         ft, out: raw, in ft's type.
     """
-    low, high, collect = bracket
     if native and action.kernel in native.scores and {pre_dtype, ft_dtype} <= native.dtypes.keys():
-        return native.prune(action.kernel, mean, bracket, pre_dtype, pre, base, ft_dtype, ft, out)
+        result = _Pruned()
+        function = native.library.prune16 if out.itemsize == 2 else native.library.prune32
+        function(
+            *(
+                native.scores[action.kernel],
+                mean,
+                threshold,
+                native.dtypes[pre_dtype],
+                pre.ctypes.data,
+                base.ctypes.data,
+            ),
+            *(native.dtypes[ft_dtype], ft.ctypes.data, len(pre), out.ctypes.data, ctypes.byref(result)),
+        )
+        return Pruned(result.before.read(), result.kept2, result.changed, result.kept)
     difference, weight = _difference(pre_dtype, pre, ft_dtype, ft)
-    delta = np.abs(difference)
-    score = action.score(delta, np.abs(weight), mean)
-    keep, above = score > high, score > low
+    keep = action.score(np.abs(difference), np.abs(weight), mean) > threshold
     # Through integers, since a float copy may quieten a NaN's bits.
     word = np.dtype(f"u{out.itemsize}")
     out.view(word)[:] = np.where(keep, ft.view(word), base.view(word))
-    where = np.flatnonzero(above ^ keep) if collect else np.empty(0, np.intp)
+    kept = difference[keep]
     return Pruned(
-        _measure(difference, weight),
-        sum_of_squares(delta[keep]),
-        int(np.count_nonzero(delta[keep])),
-        int(np.count_nonzero(above)),
-        int(np.count_nonzero(keep)),
-        where,
-        score[where],
+        _measure(difference, weight), sum_of_squares(kept), int(np.count_nonzero(kept)), int(np.count_nonzero(keep))
     )
 
 
@@ -180,11 +213,16 @@ class _Distance(ctypes.Structure):
         return Distance(self.delta2, self.weight2, self.differ)
 
 
+class _Counted(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("above_low", "above_high", "collected")]
+
+
 class _Pruned(ctypes.Structure):
     _fields_ = [
         ("before", _Distance),
         ("kept2", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("changed", "above_low", "above_high", "collected")),
+        ("changed", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
     ]
 
 
@@ -201,39 +239,21 @@ class Native:
         self.library.abs_sum.restype = ctypes.c_double
         self.library.distance.argtypes = [code, pointer, code, pointer, size, pointer]
         self.library.blend.argtypes = [number, number, code, pointer, code, pointer, size, pointer, pointer, pointer]
-        for function in (self.library.prune16, self.library.prune32):
-            function.argtypes = [
-                *(code, number, number, number, code, pointer, pointer),
-                *(code, pointer, size, pointer, pointer, pointer, pointer),
-            ]
-
-    def prune(
-        self,
-        score: str,
-        mean: np.float32,
-        bracket: tuple[np.float32, np.float32, bool],
-        pre_dtype: str,
-        pre: Array,
-        base: Array,
-        ft_dtype: str,
-        ft: Array,
-        out: Array,
-    ) -> Pruned:
-        low, high, collect = bracket
-        room = len(pre) if collect else 0
-        where, inside, result = np.empty(room, np.uint32), np.empty(room, np.float32), _Pruned()
-        function = self.library.prune16 if out.itemsize == 2 else self.library.prune32
-        function(
-            *(self.scores[score], mean, low, high, self.dtypes[pre_dtype], pre.ctypes.data, base.ctypes.data),
-            *(self.dtypes[ft_dtype], ft.ctypes.data, len(pre), out.ctypes.data),
-            *((where.ctypes.data, inside.ctypes.data) if collect else (None, None)),
-            ctypes.byref(result),
-        )
-        found = result.collected
-        return Pruned(
-            *(result.before.read(), result.kept2, result.changed, result.above_low, result.above_high),
-            *(where[:found].copy(), inside[:found].copy()),
-        )
+        self.library.count.argtypes = [
+            code,
+            number,
+            number,
+            number,
+            code,
+            pointer,
+            code,
+            pointer,
+            size,
+            pointer,
+            pointer,
+        ]
+        for prune_words in (self.library.prune16, self.library.prune32):
+            prune_words.argtypes = [code, number, number, code, pointer, pointer, code, pointer, size, pointer, pointer]
 
 
 def _load() -> Native | None:

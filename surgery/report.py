@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from surgery import __version__
@@ -16,13 +17,7 @@ from surgery.actions import Action, Blend, Keep, Prune, Reset
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.layout import CATEGORIES
-
-PAPERS = {
-    "fapm": "FAPM: forgetting-aware pruning metric, S = |Δ| − mean(|W_pre|) · |Δ| / |W_pre|",
-    "magnitude": "magnitude pruning of the task vector, S = |Δ|",
-    "half-reset": "Half-Reset (HFT: Half Fine-Tuning for Large Language Models, §2)",
-    "hma": "HMA: heterogeneous model averaging (arXiv 2309.06256)",
-}
+from surgery.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -116,23 +111,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def dumps(report: dict[str, Any]) -> str:
-    """The report as text, the same on standard output and in the file."""
-    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def dumps(report: dict[str, Any]) -> bytes:
+    """The report as JSON, the same on standard output and in the file."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A path that is no UTF-8 is a lone surrogate here; escaped with a backslash it is JSON again.
+    return text.encode(errors="backslashreplace")
 
 
 def model_card(report: dict[str, Any], card_name: str) -> str:
     """The output's README.md: a model card with its base model, what was done, and the command that did it."""
     pre, ft, totals = report["pre"], report["ft"], report["totals"]
-    bases = [source["repo"] for source in (ft, pre) if source["repo"]]
-    header = ["---", *(["base_model:", *(f"- {json.dumps(base)}" for base in bases)] if bases else [])]
+    # A card may name only hub ids; a local folder's own name has the form of one.
+    bases = [json.dumps(source["repo"] or Path(source["folder"]).name) for source in (ft, pre)]
+    header = ["---", "base_model:", *(f"- {base}" for base in bases), "base_model_relation: merge"]
     header += ["library_name: transformers", "tags:", "- surgery", f"- {report['method']}", "---", ""]
     parameters = ", ".join(f"{key} {json.dumps(value)}" for key, value in report["parameters"].items())
     body = [
         f"# {card_name}",
         "",
         f"The fine-tuned model `{_source(ft)}`, edited towards the pre-trained `{_source(pre)}` with "
-        f"[surgery](https://pypi.org/project/model-surgery/) {report['versions']['surgery']}: {PAPERS[report['method']]}.",
+        f"surgery {report['versions']['surgery']} (`pip install model-surgery`): {METHODS[report['method']].about}.",
         "",
         f"- parameters: {parameters}",
         f"- entries with a base: {totals['entries']:,}, of which {totals['differ']:,} differ from the pre-trained model",

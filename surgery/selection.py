@@ -63,7 +63,7 @@ def keep_mask(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float
 
     wide = torch.float64 if torch.float64 in (pre.dtype, ft.dtype) else torch.float32
     delta = (ft.to(wide) - pre.to(wide)).float().abs_()
-    base = pre.float().abs_()
+    base = pre.float().abs()
     scores = score(delta, base, base.mean(dtype=torch.float64).float())
     r = rank(sparsity, scores.numel())
     return torch.ones_like(scores, dtype=torch.bool) if r == 0 else scores > threshold(scores, r)
@@ -81,12 +81,12 @@ def prune(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) ->
 
 
 class Search:
-    """Find the r-th smallest of n streamed scores, in one pass if the sample is any good.
+    """Find the r-th smallest of n scores that stream past, in one pass if the sample is any good.
 
-    Call `bracket`, stream all scores past it, and tell `found` the counts; while it answers False, do that again.
+    While not `found`, ask for a `bracket`, stream all scores past it, and `narrow` with what was counted. Then `threshold` is t.
 
     Args:
-        blocks: float32 [b, k], scores of b runs of k neighbouring entries each; the whole group when complete.
+        blocks: float32 [b, k], scores of b runs of k neighbouring entries each; the whole group when small enough.
         n, r: the group's size and the rank, 1 ≤ r ≤ n.
     """
 
@@ -98,12 +98,13 @@ class Search:
         complete = self.sample.size == n
         self.center = r - 1 if complete else min(int(r / n * self.sample.size), self.sample.size - 1)
         below = (scores <= self.sample[self.center]).mean(axis=1)
-        error = 0.0 if complete else ERRORS * float(below.std()) / math.sqrt(len(below))
-        self.width = 0 if complete else 2 + math.ceil(error * self.sample.size)
+        error = ERRORS * float(below.std()) / math.sqrt(len(below))
+        self.width = 2 + math.ceil(error * self.sample.size)
         # What the passes so far have proved: floor < t ≤ ceiling. None: t may even be −∞.
         self.floor: np.float32 | None = None
         self.ceiling = np.float32(np.inf)
         self.low, self.high, self.collect = np.float32(-np.inf), self.ceiling, True
+        self.found, self.threshold = complete, np.float32(self.sample[self.center])
 
     def bracket(self) -> tuple[np.float32, np.float32, bool]:
         """(low, high, collect): t is expected in (low, high]. Without collect, t is expected to be high itself."""
@@ -115,7 +116,7 @@ class Search:
         if first < last:
             center = min(max(self.center, first), last - 1)
             left, right = max(center - self.width, first), min(center + self.width, last - 1)
-            if self.width == 0 or self._is_atom(sample[center]):
+            if self._is_atom(sample[center]):
                 self.low, self.high, self.collect = _below(sample[center]), sample[center], False
             else:
                 if left > first:
@@ -131,23 +132,22 @@ class Search:
         self.collect = self.collect and bool(self.high > -np.inf)
         return self.low, self.high, self.collect
 
-    def found(self, above_low: int, above_high: int) -> bool:
-        """Whether t lies in the bracket, given how many scores are above each of its ends."""
+    def narrow(self, above_low: int, above_high: int, inside: Floats) -> None:
+        """Draw the conclusion from a pass.
+
+        Args:
+            above_low, above_high: how many scores are above each end of the bracket.
+            inside: the scores in it, where they were to be collected.
+        """
         if self.r > self.n - above_high:
             self.floor = self.high
         elif self.r <= self.n - above_low and self.high != -np.inf:
             self.ceiling = self.low
         else:
-            return True
+            k = self.r - (self.n - above_low) - 1
+            self.threshold = np.float32(np.partition(inside, k)[k]) if self.collect else self.high
+            self.found = True
         self.width = 8 * self.width + 1
-        return False
-
-    def threshold(self, inside: Floats, above_low: int) -> np.float32:
-        """t itself, from the collected scores of the bracket in which it was found."""
-        if not self.collect:
-            return self.high
-        k = self.r - (self.n - above_low) - 1
-        return np.float32(np.partition(inside, k)[k])
 
     def _is_atom(self, value: np.float32) -> bool:
         count = np.searchsorted(self.sample, value, "right") - np.searchsorted(self.sample, value, "left")

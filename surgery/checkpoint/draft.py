@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,10 @@ def check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> Path:
     Raises:
         OutputError: it is, lies in, or contains an input; or it exists and `force` is not given, or is no checkpoint.
     """
-    out = Path(os.path.realpath(out.expanduser()))
+    try:
+        out = Path(os.path.realpath(out.expanduser()))
+    except RuntimeError:
+        raise OutputError(f"{out}: there is no such user. Choose another --out.") from None
     for folder in inputs:
         real = Path(os.path.realpath(folder))
         if out == real or real in out.parents:
@@ -41,17 +45,27 @@ def check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> Path:
         if out in real.parents:
             raise OutputError(f"{out}: the output contains the input {folder}. Choose another --out.")
     if not out.exists():
+        if _old(out).exists() and not force:
+            raise OutputError(
+                f"{out}: a run was killed while it replaced this checkpoint, which is now {_old(out)}. Rename that back, or "
+                "replace it with --force."
+            )
         return out
     if not out.is_dir():
         raise OutputError(f"{out}: is a file. Choose another --out.")
     if not force:
         raise OutputError(f"{out}: exists already. Replace it with --force or choose another --out.")
     names = os.listdir(out)  # noqa: PTH208
-    if names and not any(name in (REPORT, "config.json") or name.endswith(".safetensors") for name in names):
+    if names and not any(name == REPORT or name.endswith((".safetensors", ".bin")) for name in names):
         raise OutputError(
             f"{out}: --force replaces only a checkpoint, and this folder holds none. Choose another --out."
         )
     return out
+
+
+def _old(out: Path) -> Path:
+    """Where the checkpoint that is being replaced stands for a moment."""
+    return out.with_name(f".{out.name}.surgery-old")
 
 
 class Draft:
@@ -64,6 +78,8 @@ class Draft:
         shards: for each file name, its tensors in the order of their data, and the header's metadata.
         identity: what the run is: inputs, method, options. A draft is resumed only by the same run, but for its "command".
         resume: continue the draft of a killed run.
+        replace: a folder that is at `out` in the end may be replaced.
+        extra: bytes of the files that `commit` will add.
 
     Raises:
         OutputError: another run writes it, it cannot be resumed, or the disk is too small or not writable.
@@ -76,8 +92,10 @@ class Draft:
         identity: Mapping[str, Any],
         *,
         resume: bool,
+        replace: bool = False,
+        extra: int = 0,
     ) -> None:
-        self.out = out
+        self.out, self.replace = out, replace
         self.folder = out.with_name(f".{out.name}.surgery-draft")
         self.identity = json.loads(json.dumps(identity))
         self.headers: dict[str, bytes] = {}
@@ -93,17 +111,16 @@ class Draft:
         self.pending: list[tuple[str, dict[str, Any]]] = []
         self.made: list[Path] = []
         self.stop = threading.Event()
-        self.syncing = threading.Lock()
         self.failure: OSError | None = None
-        self.committed = False
-        with _explained(self.folder):
-            self._make_folder()
-            self._open_journal(resume)
-            try:
-                self._open_shards()
-            except BaseException:
-                self._discard()
-                raise
+        self.locked = self.committed = False
+        try:
+            with _explained(self.folder):
+                self._make_folder()
+                self._open_journal(resume)
+                self._open_shards(extra)
+        except BaseException:
+            self._discard()
+            raise
         self.syncer = threading.Thread(target=self._sync_now_and_then, daemon=True)
         self.syncer.start()
 
@@ -111,9 +128,10 @@ class Draft:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop_syncer()
-        if not self.committed:
-            self._discard()
+        with _uninterrupted():
+            self._stop_syncer()
+            if not self.committed:
+                self._discard()
 
     def sink(self, name: str) -> Sink:
         """Where the bytes of a tensor go."""
@@ -149,15 +167,17 @@ class Draft:
             for name, header in self.headers.items():
                 _write(self.files[name], header, 0)
                 os.fsync(self.files[name])
-            self._close()
-            (self.folder / JOURNAL).unlink()
+                if not _same_file(self.files[name], self.folder / name):
+                    raise OutputError(f"{self.folder / name}: was removed while surgery wrote it. Run it again.")
             _sync_folder(self.folder)
-            self._appear()
-        self.committed = True
+            with _uninterrupted():
+                self._appear()
 
     def _appear(self) -> None:
-        old = self.out.with_name(f".{self.out.name}.surgery-old")
+        old = _old(self.out)
         if self.out.exists():
+            if not self.replace:
+                raise OutputError(f"{self.out}: appeared while surgery worked. Choose another --out.")
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
         try:
@@ -166,7 +186,13 @@ class Draft:
             if old.exists():
                 old.rename(self.out)
             raise
-        _sync_folder(self.out.parent)
+        self.committed = True
+        # Only now: until the folder has its name, the journal's lock keeps other runs out of it.
+        with contextlib.suppress(OSError):
+            (self.out / JOURNAL).unlink()
+            _sync_folder(self.out)
+            _sync_folder(self.out.parent)
+        self._close()
         shutil.rmtree(old, ignore_errors=True)
 
     def _make_folder(self) -> None:
@@ -179,38 +205,40 @@ class Draft:
     def _open_journal(self, resume: bool) -> None:
         path = self.folder / JOURNAL
         # "a" creates without truncating: the lock comes before the first change.
-        self.journal = path.open("a+b")
-        if not _lock(self.journal.fileno()):
-            self.journal.close()
+        journal = path.open("a+b")
+        if not _lock(journal.fileno()) or not _same_file(journal.fileno(), path):
+            journal.close()
             raise OutputError(f"{self.out}: another surgery run is writing it. Wait for it or choose another --out.")
+        self.journal, self.locked = journal, True
         self.journal.seek(0)
         lines = self.journal.read().split(b"\n")
         try:
             found, records = json.loads(lines[0]), _records(lines[1:])
         except ValueError:
             found, records = None, {}
-        if resume and found is not None:
+        resume = resume and isinstance(found, dict)
+        if resume:
             changed = sorted(key for key in found | self.identity if found.get(key) != self.identity.get(key))
             if changed not in ([], ["command"]):
                 self.journal.close()
+                self.locked = False
                 raise OutputError(
                     f"{self.out}: --resume needs the run that was stopped, but this one differs in {', '.join(changed)}. Repeat "
                     "that command, or start afresh without --resume."
                 )
             self.identity = found
             self.done = {name: record for name, record in records.items() if name in self.tensors}
-        else:
-            for leftover in self.folder.iterdir():
-                if leftover.name != JOURNAL:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in self.folder.iterdir():
+            if leftover.name != JOURNAL and not (resume and leftover.name in self.sizes):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.journal.truncate(0)
         self._enter([(name, record) for name, record in self.done.items()], identity=True)
 
-    def _open_shards(self) -> None:
+    def _open_shards(self, extra: int) -> None:
         for name in self.sizes:
             self.files[name] = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         written = sum(os.fstat(file).st_blocks * 512 for file in self.files.values())
-        needed, free = sum(self.sizes.values()), shutil.disk_usage(self.folder).free
+        needed, free = sum(self.sizes.values()) + extra, shutil.disk_usage(self.folder).free
         if needed > free + written:
             raise OutputError(
                 f"{self.out}: the disk has {free + written:,} bytes free, the output needs {needed:,}. Make room or choose "
@@ -253,11 +281,14 @@ class Draft:
         self.journal.close()
 
     def _discard(self) -> None:
-        self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in self.made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        """Remove what this run made; nothing where another run holds the draft."""
+        with _uninterrupted():
+            if self.locked:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self._close()
+            for folder in (self.folder, *self.made):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 class Sink:
@@ -303,7 +334,30 @@ def _lock(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # a file system without locks
+        return True
     return True
+
+
+def _same_file(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C is not heard in here, where it would leave something half done."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _sync_file(path: Path) -> None:
@@ -335,6 +389,11 @@ def explain(error: OSError, folder: Path) -> OutputError:
     where = error.filename or folder
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{folder}: the disk is full. Make room or choose another --out; nothing was left behind.")
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{where}: the file system, or a limit (ulimit -f), allows no file as large. Choose another --out; nothing was left "
+            "behind."
+        )
     if isinstance(error, PermissionError):
         return OutputError(f"{where}: no permission to write there. Choose another --out.")
     return OutputError(f"{where}: {error.strerror or error}. Nothing was left behind.")

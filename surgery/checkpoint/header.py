@@ -132,7 +132,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         return names
 
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: not a safetensors file, or a damaged one: its header is not JSON.") from None
     if not isinstance(header, dict):
@@ -142,7 +142,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _check(path: Path, header: dict[str, Any], *, data_start: int, size: int) -> Header:
     metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise CheckpointError(f"{path}: the header's __metadata__ is not a map of strings.")
     tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
@@ -166,16 +166,23 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
-        well_formed = all(type(number) is int and number >= 0 for number in numbers) and isinstance(dtype, str)
+        well_formed = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) and isinstance(
+            dtype, str
+        )
     except (TypeError, KeyError, ValueError):
         well_formed = False
-    if not well_formed:
+    if not well_formed or not _is_text(name):
         raise CheckpointError(f"{path}: the header's entry for tensor {name} is damaged. Save the checkpoint again.")
     if dtype not in BITS:
         raise CheckpointError(f"{path}: tensor {name} has the type {dtype}, which surgery does not know.")
     if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
         raise CheckpointError(
-            f"{path}: tensor {name} should take {math.prod(shape) * BITS[dtype] // 8:,} bytes ({dtype} {list(shape)}), its "
-            f"offsets span {end - begin:,}: the header is damaged."
+            f"{path}: the offsets of tensor {name} span {end - begin:,} bytes, which is not what {dtype} of shape {list(shape)} "
+            "takes: the header is damaged. Save the checkpoint again."
         )
     return Tensor(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that can be written again: JSON may hold half a character, such as "\\ud800"."""
+    return isinstance(value, str) and not any("\ud800" <= mark <= "\udfff" for mark in value)

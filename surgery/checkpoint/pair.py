@@ -13,6 +13,9 @@ from surgery.checkpoint.source import Checkpoint
 from surgery.errors import CheckpointError, PairError
 from surgery.layout import Place, place
 
+# What quantized weights are packed into. A mask or a counter, of another integer type, is copied.
+CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -82,7 +85,7 @@ def pair(pre: Checkpoint, ft: Checkpoint) -> Pair:
 def _refuse_quantized(tensor: Tensor) -> None:
     where = place(tensor.name)
     stored_as_codes = (
-        not tensor.is_float and not where.buffer and (where.layer is not None or where.category != "other")
+        tensor.dtype in CODES and not where.buffer and (where.layer is not None or where.category != "other")
     )
     if tensor.is_quantized or stored_as_codes:
         raise CheckpointError(

@@ -77,6 +77,10 @@ def _weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
             raise CheckpointError(
                 f"{path}: puts tensor {name} in {shard!r}, which is not a file of this folder; refused. Correct the index."
             )
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: puts tensor {name} in {shard}, which is no safetensors file. Correct the index."
+            )
         if not (folder / shard).exists():
             raise CheckpointError(f"{path}: names the shard {shard}, which is missing. Download it again.")
     metadata = index.get("metadata")

@@ -1,7 +1,7 @@
 """The demo's vocabulary: one token per word, so that nothing has to be downloaded."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,6 +42,8 @@ def tokenizer() -> "PreTrainedTokenizerFast":
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words: Any = Tokenizer(WordLevel(TOKEN_ID, unk_token=UNKNOWN))
+    words = Tokenizer(WordLevel(TOKEN_ID, unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, unk_token=UNKNOWN)
+    make: Any = PreTrainedTokenizerFast  # its constructor is untyped
+    fast: PreTrainedTokenizerFast = make(tokenizer_object=words, pad_token=PAD, unk_token=UNKNOWN)
+    return fast

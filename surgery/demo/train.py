@@ -38,7 +38,7 @@ def train(
 ) -> None:
     """Train `model` in place on batches that hold `share` items of each skill, never a held-out one.
 
-    The loss is the cross-entropy of the answers' tokens. Same seed, torch and number of threads: same weights.
+    The loss is the cross-entropy of the answers' tokens. Same seed, torch and number of threads: the same weights.
     `on_step` is called after each step.
     """
     rng = random.Random(f"training {seed}")

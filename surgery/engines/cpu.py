@@ -1,7 +1,8 @@
 """Edit one tensor on the CPU, in chunks that fit the cache.
 
-A chunk of pre and ft is read from the page cache into a small buffer, scored, chosen and handed on while it is hot: no tensor
-is ever in memory as a whole, except the output of a pruning, which waits there for the threshold. Buffers are made once.
+A chunk of pre and ft is read from the page cache into a small buffer, scored, chosen and handed on while it is hot. No tensor
+is ever in memory as a whole: pruning reads it again instead, once to find the threshold and once to write, since reading
+what the page cache holds costs less than touching that much fresh memory.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class CpuEngine:
         self.allow_nonfinite = allow_nonfinite
         self.raw_pre, self.raw_ft = bytearray(8 * CHUNK), bytearray(8 * CHUNK)
         self.copying = bytearray(COPY_BYTES)
-        self.output = np.empty(0, np.uint8)
+        self.output = bytearray(8 * CHUNK)
 
     def run(self, step: Step, sink: Sink) -> Result:
         """Carry out a step.
@@ -97,7 +98,7 @@ class CpuEngine:
     ) -> Result:
         result = _Sums()
         for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
-            out = np.empty_like(tuned)
+            out = self._out(tuned)
             before, after = kernels.blend(action.alpha, pre.dtype, base, ft.dtype, tuned, out)
             result.add(before, after.delta2, after.differ)
             sink.write(start * out.itemsize, memoryview(out))
@@ -112,31 +113,34 @@ class CpuEngine:
             return self._take(Keep() if r == 0 else Reset(), pre, ft, pre_file, ft_file, sink)
         mean = self._mean(pre, pre_file) if action.uses_mean else np.float32(0)
 
-        search = Search(self._sample(action, mean, pre, ft, pre_file, ft_file), n, r)
-        out = self._output(ft)
-        while True:
-            bracket = search.bracket()
-            result, above_low, above_high = _Sums(), 0, 0
-            inside: list[tuple[Array, Floats, Array, Array]] = []
-            for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
-                cast = self._cast(base, pre, ft)
-                chosen = out[start : start + len(base)]
-                done = kernels.prune(action, mean, bracket, pre.dtype, base, cast, ft.dtype, tuned, chosen)
-                result.add(done.before, done.kept2, done.changed)
-                above_low += done.above_low
-                above_high += done.above_high
-                inside.append((done.where + np.int64(start), done.inside, base[done.where], tuned[done.where]))
-            if search.found(above_low, above_high):
-                break
-        where, score, base, tuned = (np.concatenate(column) for column in zip(*inside, strict=True))
-        late = score > search.threshold(score, above_low)
-        out[where[late]] = tuned[late]
-        kept = above_high + int(np.count_nonzero(late))
-        kept_late = kernels.distance(pre.dtype, base[late], ft.dtype, tuned[late])
-        result.after2 += kept_late.delta2
-        result.differ += kept_late.differ
-        sink.write(0, memoryview(out))
+        threshold = self._threshold(action, mean, r, pre, ft, pre_file, ft_file)
+        result, kept = _Sums(), 0
+        for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
+            out = self._out(tuned)
+            cast = self._cast(base, pre, ft)
+            done = kernels.prune(action, mean, threshold, pre.dtype, base, cast, ft.dtype, tuned, out)
+            result.add(done.before, done.kept2, done.changed)
+            kept += done.kept
+            sink.write(start * out.itemsize, memoryview(out))
         return result.of(kept=kept, pruned=n - kept)
+
+    def _threshold(
+        self, action: Prune, mean: np.float32, r: int, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO
+    ) -> np.float32:
+        """The r-th smallest score, exactly."""
+        search = Search(self._sample(action, mean, pre, ft, pre_file, ft_file), ft.entries, r)
+        while not search.found:
+            bracket = search.bracket()
+            counts = [
+                kernels.count(action, mean, bracket, pre.dtype, base, ft.dtype, tuned)
+                for _, base, tuned in self._chunks(pre, ft, pre_file, ft_file)
+            ]
+            search.narrow(
+                sum(part.above_low for part in counts),
+                sum(part.above_high for part in counts),
+                np.concatenate([part.inside for part in counts]),
+            )
+        return search.threshold
 
     def _mean(self, pre: Tensor, file: BinaryIO) -> np.float32:
         """mean |W_pre|: summed in float64, then float32."""
@@ -189,10 +193,9 @@ class CpuEngine:
             self.tick(fill(pre_file, base, pre) + fill(ft_file, tuned, ft))
             yield start, np.frombuffer(base, pre_type), np.frombuffer(tuned, ft_type)
 
-    def _output(self, ft: Tensor) -> Array:
-        if len(self.output) < ft.nbytes:
-            self.output = np.empty(ft.nbytes, np.uint8)
-        return self.output[: ft.nbytes].view(RAW[ft.dtype])
+    def _out(self, tuned: Array) -> Array:
+        """A chunk to write, of tuned's type and length; the next one overwrites it."""
+        return np.frombuffer(self.output, tuned.dtype, len(tuned))
 
     def _cast(self, base: Array, pre: Tensor, ft: Tensor) -> Array:
         if pre.dtype == ft.dtype:

@@ -14,9 +14,13 @@ from surgery.methods.magnitude import Magnitude
 
 
 class Method(Protocol):
-    """What the streaming loop knows of a method. Its dataclass fields are its parameters."""
+    """What the streaming loop knows of a method. Its dataclass fields are its parameters.
+
+    `about` says what it is and where from, for the model card.
+    """
 
     name: ClassVar[str]
+    about: ClassVar[str]
 
     def label(self) -> str:
         """Name and main number, for the name of the output folder."""

@@ -35,6 +35,7 @@ class Fapm:
     """
 
     name: ClassVar[str] = "fapm"
+    about: ClassVar[str] = "FAPM, S = |Δ| − mean(|W_pre|) · |Δ| / |W_pre|"
     sparsity: float = 0.9
     scope: Scope = field(default_factory=Scope)
 

@@ -47,6 +47,7 @@ class HalfReset:
     """
 
     name: ClassVar[str] = "half-reset"
+    about: ClassVar[str] = "Half-Reset (HFT: Half Fine-Tuning for Large Language Models, §2)"
     ratio: float = 0.5
     level: str = "category"
     seed: int = 0

@@ -33,6 +33,7 @@ class Hma:
     """
 
     name: ClassVar[str] = "hma"
+    about: ClassVar[str] = "HMA, heterogeneous model averaging (arXiv 2309.06256)"
     ratios: tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:

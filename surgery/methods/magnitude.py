@@ -26,6 +26,7 @@ class Magnitude:
     """
 
     name: ClassVar[str] = "magnitude"
+    about: ClassVar[str] = "magnitude pruning of the task vector, S = |Δ|"
     sparsity: float = 0.9
     scope: Scope = field(default_factory=Scope)
 

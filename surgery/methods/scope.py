@@ -42,7 +42,7 @@ class Scope:
             for pattern in patterns:
                 try:
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, OverflowError, RecursionError) as error:
                     raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}.") from None
 
 
