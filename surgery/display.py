@@ -61,8 +61,8 @@ def show_plan(job: Job, *, as_json: bool) -> None:
     console.print(f"Nothing was written. The output would be {job.out}, {_bytes(job.nbytes)}.", soft_wrap=True)
 
 
-def show_report(report: dict[str, Any], out: Path, *, as_json: bool) -> None:
-    """Print what a run did, by category, and where the output is."""
+def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: float, as_json: bool) -> None:
+    """Print what a run did, by category, how long it took, and where the output is."""
     if as_json:
         from surgery.report import dumps
 
@@ -78,6 +78,7 @@ def show_report(report: dict[str, Any], out: Path, *, as_json: bool) -> None:
     console = _console()
     console.print(table)
     _notes(console, report["notes"])
+    console.print(f"{_bytes(nbytes)} in {seconds:.1f} s")
     console.print(f"Wrote {out}", soft_wrap=True)
 
 

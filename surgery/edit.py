@@ -206,6 +206,7 @@ def _stream(
                 thread.join()
     if failures:
         raise failures[0]
+    advance(sum(read) - shown)
 
 
 def _engine(device: str, allow_nonfinite: bool) -> Callable[[Callable[[int], None]], Engine]:

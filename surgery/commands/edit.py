@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -159,6 +160,7 @@ def _edit(
     if dry_run:
         display.show_plan(job, as_json=as_json)
         return
+    start = time.monotonic()
     with display.progress(job.reading) as advance:
         report = run(
             job,
@@ -169,7 +171,8 @@ def _edit(
             command=["surgery", *sys.argv[1:]],
             advance=advance,
         )
-    display.show_report(report, job.out, as_json=as_json)
+    seconds = time.monotonic() - start
+    display.show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=as_json)
 
 
 def _with_common_options(make_method: "Callable[..., Method]") -> Callable[..., None]:

@@ -119,7 +119,11 @@ class CpuEngine:
             out = self._out(tuned)
             cast = self._cast(base, pre, ft)
             done = kernels.prune(action, mean, threshold, pre.dtype, base, cast, ft.dtype, tuned, out)
-            result.add(done.before, done.kept2, done.changed)
+            if pre.dtype == ft.dtype:
+                result.add(done.before, done.kept2, done.changed)
+            else:  # what went back was rounded
+                after = kernels.distance(pre.dtype, base, ft.dtype, out)
+                result.add(done.before, after.delta2, after.differ)
             kept += done.kept
             sink.write(start * out.itemsize, memoryview(out))
         return result.of(kept=kept, pruned=n - kept)
