@@ -64,11 +64,13 @@ def main() -> None:
     print("| checkpoint | perplexity | answer loss | first words of an answer |")
     print("| --- | ---: | ---: | --- |")
     for folder in args.checkpoints:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.inference_mode():
             prompt = torch.tensor([pairs[0][0]])
-            output = model.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-            words = " ".join(tokenizer.decode(output[0, prompt.shape[1] :]).split())
+            output = model.generate(  # type: ignore[misc]
+                prompt, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id
+            )
+            words = " ".join(str(tokenizer.decode(output[0, prompt.shape[1] :])).split())
             general, task = perplexity(model, tokens, args.windows), answer_loss(model, pairs)
         print(f"| {folder.name} | {general:.2f} | {task:.3f} | {words} |", flush=True)
 

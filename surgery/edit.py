@@ -65,6 +65,16 @@ class Job:
         return sum(_reading(step) for step in self.steps)
 
 
+def check_machine(device: str, workers: int | None) -> None:
+    """Raise OptionError unless this machine can run on the device with so many workers."""
+    if workers is not None and workers < 1:
+        raise OptionError(f"--workers must be 1 or more, not {workers}.")
+    if device not in ("auto", "cpu"):
+        from surgery.engines.cuda import find_device
+
+        find_device(device)
+
+
 class Stopped(Exception):
     """Raised in a worker when another one failed or the user pressed Ctrl-C."""
 
@@ -119,10 +129,9 @@ def run(
         SurgeryError: the output or its disk, or numbers that cannot be edited; nothing is left behind.
         KeyboardInterrupt: Ctrl-C; nothing is left behind.
     """
+    check_machine(device, workers)
     make_engine = _engine(device, allow_nonfinite)
-    count = min(_cores(), MAX_WORKERS) if workers is None else workers
-    if count < 1:
-        raise OptionError(f"--workers must be 1 or more, not {count}.")
+    count = workers or min(_cores(), MAX_WORKERS)
     identity = _identity(job, allow_nonfinite, device, command)
     metadata = {name: header.metadata for name, header in job.pair.ft.shards.items()}
     shards = {

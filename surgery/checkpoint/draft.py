@@ -60,6 +60,9 @@ def check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> Path:
         raise OutputError(
             f"{out}: --force replaces only a checkpoint, and this folder holds none. Choose another --out."
         )
+    inner = next((name for name in sorted(names) if name.startswith("checkpoint-") and (out / name).is_dir()), None)
+    if inner:
+        raise OutputError(f"{out}: holds {inner} of a training run, which --force would delete. Choose another --out.")
     return out
 
 
@@ -319,9 +322,9 @@ def _records(lines: list[bytes]) -> dict[str, dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+            records[entry["tensor"]] = entry["record"]
+        except (ValueError, KeyError, TypeError):
             break
-        records[entry["tensor"]] = entry["record"]
     return records
 
 

@@ -154,8 +154,9 @@ def _edit(
     workers: Annotated[int | None, typer.Option(help="Threads.", show_default="one for each core, at most 8")] = None,
 ) -> None:
     from surgery import display
-    from surgery.edit import prepare, run
+    from surgery.edit import check_machine, prepare, run
 
+    check_machine(device, workers)
     job = prepare(pre, ft, method, out=out, force=force)
     if dry_run:
         display.show_plan(job, as_json=as_json)

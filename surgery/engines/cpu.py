@@ -57,8 +57,8 @@ class CpuEngine:
         """
         with np.errstate(all="ignore"), open(step.ft.path, "rb", buffering=0) as ft:  # noqa: PTH123
             if step.pre is None or not step.ft.is_float:
-                self._copy(step.ft, ft, sink)
-                return Result()
+                finite = self._copy(step.ft, ft, sink)
+                return Result(nonfinite=not finite and not step.place.buffer)
             with open(step.pre.path, "rb", buffering=0) as pre:  # noqa: PTH123
                 match step.action:
                     case Prune() as action:
@@ -69,12 +69,17 @@ class CpuEngine:
                         result = self._take(action, step.pre, step.ft, pre, ft, sink)
         return checked(step, result, allow_nonfinite=self.allow_nonfinite)
 
-    def _copy(self, tensor: Tensor, file: BinaryIO, sink: Sink) -> None:
+    def _copy(self, tensor: Tensor, file: BinaryIO, sink: Sink) -> bool:
+        """Copy a tensor that has no base; return whether all its numbers are finite."""
+        total = 0.0
         file.seek(tensor.begin)
         for start in range(0, tensor.nbytes, COPY_BYTES):
             view = memoryview(self.copying)[: min(COPY_BYTES, tensor.nbytes - start)]
             self.tick(fill(file, view, tensor))
+            if tensor.is_float:
+                total += kernels.abs_sum(tensor.dtype, np.frombuffer(view, RAW[tensor.dtype]))
             sink.write(start, view)
+        return bool(np.isfinite(total))
 
     def _take(
         self, action: Keep | Reset, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, sink: Sink
@@ -243,7 +248,7 @@ def checked(step: Step, result: Result, *, allow_nonfinite: bool) -> Result:
     result.nonfinite = not np.isfinite(sums)
     if result.nonfinite and not allow_nonfinite and step.pre and not isinstance(step.action, Keep):
         raise CheckpointError(
-            f"{step.ft.name} holds NaN or Inf, in {step.ft.path} or in {step.pre.path}. Repair it, exclude it, or allow it with "
+            f"{step.ft.name} holds NaN or Inf, in {step.ft.path} or in {step.pre.path}. Repair it, or allow it with "
             "--allow-nonfinite."
         )
     return result

@@ -33,4 +33,6 @@ class Method(Protocol):
         """
 
 
+__all__ = ["METHODS", "Fapm", "HalfReset", "Hma", "Magnitude", "Method"]
+
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Fapm, Magnitude, HalfReset, Hma)}

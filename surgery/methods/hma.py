@@ -7,7 +7,7 @@ The layers are cut into as many parts as there are ratios, and each part is aver
     α_p     the weight of the pre-trained model in part p, as in the authors' code
     p       ⌊P · i / L⌋ for layer i of L; embeddings belong to the first part, final norm and head to the last
 
-One ratio is plain averaging (WiSE-FT). α = 0 gives the bits of ft, α = 1 those of pre. Where the two models agree the output is
+float64 tensors are averaged in float64. One ratio is plain averaging (WiSE-FT). α = 0 gives the bits of ft, α = 1 those of pre. Where the two models agree the output is
 what they agree on, though in float32 the formula may be off by its last bit there: our decision.
 """
 

@@ -1,0 +1,126 @@
+"""What METHODS.md says, in plain numpy and Python, without a line of `surgery`.
+
+Tensors come in as torch's, because torch knows bfloat16; the arithmetic is numpy's. float32 expressions are evaluated from left
+to right, as they stand in METHODS; `fapm_score64` is the same formula without any rounding worth the name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Tensor = torch.Tensor
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Scorer = Callable[[Tensor, Tensor], F32]
+
+
+def exact(tensor: Tensor) -> F64:
+    """The values, flat, without rounding."""
+    return tensor.double().flatten().numpy()
+
+
+def task_vector(pre: Tensor, ft: Tensor) -> F32:
+    """Δ = ft − pre, computed in float32 from exactly upcast inputs: one rounding."""
+    if torch.float64 in (pre.dtype, ft.dtype):
+        return (exact(ft) - exact(pre)).astype(np.float32)
+    return exact(ft).astype(np.float32) - exact(pre).astype(np.float32)
+
+
+def mean_abs(pre: Tensor) -> np.float32:
+    """mean(|W_pre|), accumulated in float64, then float32."""
+    return np.float32(math.fsum(abs(exact(pre))) / pre.numel())
+
+
+def fapm_score(pre: Tensor, ft: Tensor) -> F32:
+    """S = |Δ| − mean(|W_pre|) · |Δ| / |W_pre|."""
+    delta = abs(task_vector(pre, ft))
+    weight = abs(exact(pre).astype(np.float32))
+    with np.errstate(all="ignore"):
+        score: F32 = delta - mean_abs(pre) * delta / weight
+    score[weight == 0] = -np.inf
+    score[delta == 0] = 0
+    return score
+
+
+def fapm_score64(pre: Tensor, ft: Tensor) -> F64:
+    """The same in float64."""
+    delta, weight = abs(exact(ft) - exact(pre)), abs(exact(pre))
+    with np.errstate(all="ignore"):
+        score: F64 = delta - weight.mean() * delta / weight
+    score[weight == 0] = -np.inf
+    score[delta == 0] = 0
+    return score
+
+
+def magnitude_score(pre: Tensor, ft: Tensor) -> F32:
+    """S = |Δ|."""
+    return abs(task_vector(pre, ft))
+
+
+SCORES: dict[str, Scorer] = {"fapm": fapm_score, "magnitude": magnitude_score}
+
+
+def kept(score: NDArray[Any], sparsity: float) -> Bools:
+    """r = round(s · n); t = the r-th smallest; an entry is kept where score > t; with r = 0 all are kept."""
+    r = round(sparsity * score.size)
+    if r == 0:
+        return np.ones(score.size, bool)
+    t = np.sort(score)[r - 1]
+    keep: Bools = score > t
+    return keep
+
+
+def pruned(pre: Tensor, ft: Tensor, keep: Bools) -> Tensor:
+    """The bits of ft where kept, elsewhere the bits of pre, cast once to ft's dtype."""
+    out = pre.to(ft.dtype).flatten().clone()
+    chosen = torch.from_numpy(np.flatnonzero(keep))
+    out[chosen] = ft.flatten()[chosen]
+    return out.reshape(ft.shape)
+
+
+def prune(method: str, pre: Tensor, ft: Tensor, sparsity: float) -> Tensor:
+    """A whole pruning method on one tensor."""
+    return pruned(pre, ft, kept(SCORES[method](pre, ft), sparsity))
+
+
+def hma_part(parts: int, layer: int, layers: int) -> int:
+    """Layer i is in part ⌊P · i / L⌋."""
+    return math.floor(parts * layer / layers)
+
+
+def blend(pre: Tensor, ft: Tensor, alpha: float) -> Tensor:
+    """out = α · pre + (1 − α) · ft in float32, cast to ft's dtype; where the two agree, what they agree on."""
+    a, b = exact(pre).astype(np.float32), exact(ft).astype(np.float32)
+    mixed = np.float32(alpha) * a + np.float32(1 - alpha) * b
+    mixed = np.where(a == b, b, mixed)
+    return torch.from_numpy(mixed).to(ft.dtype).reshape(ft.shape)
+
+
+def distance_ratio(x: Tensor, pre: Tensor) -> float | None:
+    """‖θ_k − θ0_k‖ / ‖θ0_k‖; None where the base is zero."""
+    below = math.sqrt(math.fsum(exact(pre) ** 2))
+    return math.sqrt(math.fsum((exact(x) - exact(pre)) ** 2)) / below if below else None
+
+
+def mean_distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """D(θ, θ0) = mean over tensors of ‖θ_k − θ0_k‖ / ‖θ0_k‖, for pairs (θ_k, θ0_k)."""
+    ratios = [ratio for x, pre in pairs if (ratio := distance_ratio(x, pre)) is not None]
+    return math.fsum(ratios) / len(ratios)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The stored bits, for comparisons that tell −0 from 0 and one NaN from another."""
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(words[tensor.itemsize]) if tensor.is_floating_point() else tensor
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bytes, of the same type and shape."""
+    return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(bits(one), bits(other)))
