@@ -311,6 +311,20 @@ def test_nonfinite_numbers_of_a_tensor_that_is_not_edited_are_noted(root: Path) 
     refused(root, "hma", "--pre", "pre", "--ft", "ft", says=(norm, "NaN"))
 
 
+def test_nonfinite_numbers_of_a_tensor_that_only_ft_has_are_noted(root: Path) -> None:
+    change_tensors(root / "ft", lambda tensors: tensors.update({"score.weight": torch.full((2, 3), float("inf"))}))
+    code, _, _ = call("fapm", *PAIR, "--out", "out", cwd=root)
+    assert code == 0
+    notes = json.loads((root / "out/surgery-report.json").read_text())["notes"]
+    assert any("NaN or Inf" in note and "score.weight" in note for note in notes)
+
+
+def test_force_spares_a_folder_with_training_checkpoints(root: Path) -> None:
+    write_checkpoint(root / "run", {"stale": torch.zeros(2)})
+    (root / "run/checkpoint-500").mkdir()
+    refused(root, "fapm", *PAIR, "--out", "run", "--force", says=("run: holds checkpoint-500", "--out"))
+
+
 # command and options -> what the sentence says
 OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("fapm", *PAIR, "--sparsity", "1.5"): ("--sparsity", "between 0 and 1", "1.5"),
@@ -338,6 +352,8 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("fapm", *PAIR, "--device", "tpu"): ("--device", "tpu"),
     ("fapm", *PAIR, "--workers", "0"): ("--workers", "0"),
     ("fapm", *PAIR, "--workers", "-3"): ("--workers", "-3"),
+    ("fapm", *PAIR, "--dry-run", "--workers", "0"): ("--workers", "0"),
+    ("fapm", *PAIR, "--dry-run", "--device", "tpu"): ("--device", "tpu"),
     ("fapm", "--ft", "ft"): ("--pre", "--help"),
     ("fapm", "--pre", "pre"): ("--ft", "--help"),
     ("fapm", *PAIR, "--no-such-option"): ("--no-such-option", "surgery fapm --help"),

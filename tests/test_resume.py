@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -264,8 +265,9 @@ def test_a_replacement_shows_the_old_checkpoint_or_the_new_one(tmp_path: Path) -
                 continue
             names = frozenset(os.listdir(folder)) - {JOURNAL}  # noqa: PTH208
             # A folder that was replaced while it was listed is being removed.
-            if out.exists() and os.path.samestat(os.fstat(folder), out.stat()):
-                seen.add(names)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(folder), out.stat()):
+                    seen.add(names)
             os.close(folder)
 
     watcher = threading.Thread(target=look)

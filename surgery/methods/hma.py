@@ -2,12 +2,12 @@
 
 The layers are cut into as many parts as there are ratios, and each part is averaged with a weight of its own:
 
-    out = α_p · pre + (1 − α_p) · ft        in float32, cast to ft's dtype
+    out = α_p · pre + (1 − α_p) · ft        in float32 (float64 tensors: in float64), cast to ft's dtype
 
     α_p     the weight of the pre-trained model in part p, as in the authors' code
     p       ⌊P · i / L⌋ for layer i of L; embeddings belong to the first part, final norm and head to the last
 
-float64 tensors are averaged in float64. One ratio is plain averaging (WiSE-FT). α = 0 gives the bits of ft, α = 1 those of pre. Where the two models agree the output is
+One ratio is plain averaging (WiSE-FT). α = 0 gives the bits of ft, α = 1 those of pre. Where the two models agree the output is
 what they agree on, though in float32 the formula may be off by its last bit there: our decision.
 """
 
