@@ -142,7 +142,7 @@ class CpuEngine:
             bracket = search.bracket()
             counts = [
                 kernels.count(action, mean, bracket, pre.dtype, base, ft.dtype, tuned)
-                for _, base, tuned in self._chunks(pre, ft, pre_file, ft_file)
+                for _, base, tuned in self._chunks(pre, ft, pre_file, ft_file, backwards=True)
             ]
             search.narrow(
                 sum(part.above_low for part in counts),
@@ -189,16 +189,20 @@ class CpuEngine:
         return scores.reshape(len(starts), length)
 
     def _chunks(
-        self, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO
+        self, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, *, backwards: bool = False
     ) -> Iterator[tuple[int, Array, Array]]:
-        """(start, raw pre, raw ft) of each chunk; the arrays are overwritten by the next."""
+        """(start, raw pre, raw ft) of each chunk; the arrays are overwritten by the next.
+
+        A pass that goes the other way than the one before begins with what that one left in the cache.
+        """
         pre_type, ft_type = RAW[pre.dtype], RAW[ft.dtype]
-        pre_file.seek(pre.begin)
-        ft_file.seek(ft.begin)
-        for start in range(0, ft.entries, CHUNK):
+        starts = range(0, ft.entries, CHUNK)
+        for start in reversed(starts) if backwards else starts:
             count = min(CHUNK, ft.entries - start)
             base = memoryview(self.raw_pre)[: count * pre_type.itemsize]
             tuned = memoryview(self.raw_ft)[: count * ft_type.itemsize]
+            pre_file.seek(pre.begin + start * pre_type.itemsize)
+            ft_file.seek(ft.begin + start * ft_type.itemsize)
             self.tick(fill(pre_file, base, pre) + fill(ft_file, tuned, ft))
             yield start, np.frombuffer(base, pre_type), np.frombuffer(tuned, ft_type)
 
