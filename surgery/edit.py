@@ -102,7 +102,7 @@ def prepare(pre: str | Path, ft: str | Path, method: Method, *, out: Path | None
         Step(item.ft, item.pre, item.place, action, item.ft.path.name)
         for item, action in zip(both.items, actions, strict=True)
     ]
-    return Job(both, method, steps, target, force, companions(tuned))
+    return Job(both, method, steps, target, force, companions(tuned.folder))
 
 
 def run(

@@ -1,79 +1,67 @@
-"""The files beside the weights that a loader needs: they travel from ft to the output."""
+"""The files beside the weights that a loader needs: they travel from ft to the output, and are fetched from a hub.
+
+Everything travels but what is known to be something else: weights in any format, the state of a training, what surgery writes.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from surgery.checkpoint.source import Checkpoint
 from surgery.errors import CheckpointError
 
-# Weights in any format, optimizer and trainer state, and what surgery writes itself.
-LEFT_OUT_ENDINGS = (
-    *(
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".gguf",
-        ".ot",
-        ".distcp",
-        ".npz",
-        ".pkl",
-    ),
-    *(".safetensors.index.json", ".bin.index.json", ".lock", ".tmp", ".incomplete"),
+WEIGHTS = tuple(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .ggml .ot .tflite .mlmodel .npz .pkl .pickle "
+    ".distcp".split()
 )
-LEFT_OUT_NAMES = (
-    "README.md",
-    "surgery-report.json",
-    "surgery-journal.jsonl",
-    "trainer_state.json",
-    "training_args.json",
-    "latest",
-    "zero_to_fp32.py",
+STAY_ENDINGS = (
+    *WEIGHTS,
+    *".index.json .lock .tmp .incomplete .zip .tar .gz .7z .parquet .png .jpg .jpeg .gif .mp4 .pdf".split(),
 )
-LEFT_OUT_FOLDERS = (
-    "checkpoint-",
-    "global_step",
-    "runs",
-    "wandb",
-    "logs",
-    "original",
-    "onnx",
-    "openvino",
-    "coreml",
-    "__pycache__",
+STAY_NAMES = tuple(
+    "surgery-report.json surgery-journal.jsonl trainer_state.json training_args.json latest zero_to_fp32.py".split()
 )
+STAY_BEGINNINGS = (".", "readme", "events.out.tfevents")
+STAY_FOLDERS = tuple(". checkpoint- global_step runs wandb logs original onnx openvino coreml __pycache__".split())
+# The modules after the transformer in a sentence-transformers model, "2_Dense/model.safetensors", have weights of their own.
+MODULE = re.compile(r"[0-9]+_[A-Z][^/]*/[^/]+\.(safetensors|bin)")
 
 
-def companions(ft: Checkpoint) -> dict[str, Path]:
-    """Files to copy: name in the output, with its folder -> path. Links are followed; hidden files stay behind.
+def travels(name: str) -> bool:
+    """Whether a loader may need the file with this name, relative to the checkpoint with forward slashes."""
+    path = PurePosixPath(name)
+    base = path.name.lower()
+    return (
+        not any(folder.startswith(STAY_FOLDERS) for folder in path.parts[:-1])
+        and base not in STAY_NAMES
+        and not base.startswith(STAY_BEGINNINGS)
+        and (not base.endswith(STAY_ENDINGS) or MODULE.fullmatch(name) is not None)
+    )
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint to copy: name in the output, with its folder -> path. Links to files are followed.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    return {path.relative_to(ft.folder).as_posix(): path for path in _walk(ft.folder)}
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            if not path.name.startswith(LEFT_OUT_FOLDERS):
-                yield from _walk(path)
-        elif path.name in LEFT_OUT_NAMES or path.name.endswith(LEFT_OUT_ENDINGS):
-            continue
-        elif path.is_symlink() and not path.exists():
+    found = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    for path in found.values():
+        if not path.exists():
             raise CheckpointError(
                 f"{path}: is a link to {path.readlink()}, which does not exist. Restore or remove it."
             )
-        elif path.is_file():
-            if not os.access(path, os.R_OK):
-                raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.")
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.")
+    return found
+
+
+def _walk(folder: Path, inside: str = "") -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if not path.is_symlink() and not path.name.startswith(STAY_FOLDERS):
+                yield from _walk(path, f"{inside}{path.name}/")
+        elif travels(inside + path.name) and (path.is_file() or path.is_symlink()):
             yield path

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.checkpoint.companions import WEIGHTS, travels
 from surgery.errors import CheckpointError, HubError
 
 # huggingface_hub costs half a second to import, so only the functions that talk to the hub import it.
@@ -25,18 +26,9 @@ from surgery.errors import CheckpointError, HubError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-TEMPLATES = "additional_chat_templates"
 
 _REPO = re.compile(r"(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _REVISION = re.compile(r"[^\s~^:?*\[\\\x00-\x1f\x7f/-][^\s~^:?*\[\\\x00-\x1f\x7f]*")
-_OTHER_WEIGHTS = (
-    *(".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".ot", ".ckpt"),
-    *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle"),
-)
-_NO_COMPANION = (
-    *(".safetensors", ".index.json", *_OTHER_WEIGHTS),
-    *(".zip", ".tar", ".gz", ".tgz", ".7z", ".parquet", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".mp4", ".pdf"),
-)
 _TIMEOUT = 30.0  # seconds for the first answer; the library itself would wait for ever
 
 _log = logging.getLogger(__name__)
@@ -69,18 +61,6 @@ def resolve(typed: str, *, companions: bool) -> Source:
     repo, revision = _hub_id(typed)
     folder = _fetch(repo, revision, companions)
     return Source(typed, folder, repo, folder.name)  # the cache names a snapshot's folder after its commit
-
-
-def is_companion(name: str) -> bool:
-    """Say whether a loader may need the file `name` (its path in the repository) beside weights and config.json."""
-    folder, _, base = name.rpartition("/")
-    lower = base.lower()
-    return (
-        folder in ("", TEMPLATES)
-        and base != CONFIG
-        and not lower.startswith((".", "readme", "events.out.tfevents", "trainer_state"))
-        and not lower.endswith(_NO_COMPANION)
-    )
 
 
 def _local(typed: str) -> Path | None:
@@ -195,7 +175,7 @@ def _wanted(repo: str, names: Collection[str], companions: bool, read_index: Cal
     weights = _weights(repo, names, read_index)
     if companions and CONFIG not in names:
         raise HubError(f"the hub repository {repo!r} has no {CONFIG}, so nothing could load the result: add it there.")
-    return [*weights, *(name for name in names if name == CONFIG or (companions and is_companion(name)))]
+    return [*weights, *(name for name in names if name == CONFIG or (companions and travels(name)))]
 
 
 def _weights(repo: str, names: Collection[str], read_index: Callable[[], bytes]) -> list[str]:
@@ -217,7 +197,7 @@ def _weights(repo: str, names: Collection[str], read_index: Callable[[], bytes])
             f"the hub repository {repo!r} has {len(found)} safetensors files at its root and no {INDEX} that says "
             "which belong together: download the ones you mean and give the folder."
         )
-    other = sorted(name for name in names if name.lower().endswith(_OTHER_WEIGHTS))
+    other = sorted(name for name in names if name.lower().endswith(WEIGHTS))
     has = f"its weights are in another format ({other[0]})" if other else "nor any other weights"
     raise HubError(
         f"the hub repository {repo!r} has no safetensors weights at its root, {has}: "

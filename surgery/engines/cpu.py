@@ -8,6 +8,7 @@ what the page cache holds costs less than touching that much fresh memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -24,7 +25,9 @@ from surgery.selection import Search, rank
 # Entries of a chunk: both raw chunks stay in a core's second cache, and the interpreter lock changes hands seldom.
 CHUNK = 1 << 18
 COPY_BYTES = 1 << 20
+# Entries of each run of the sample that brackets a threshold.
 RUN = 512
+SAME = Distance(0.0, 0.0, 0)
 
 
 class Sink(Protocol):
@@ -60,13 +63,14 @@ class CpuEngine:
                 finite = self._copy(step.ft, ft, sink)
                 return Result(nonfinite=not finite and not step.place.buffer)
             with open(step.pre.path, "rb", buffering=0) as pre:  # noqa: PTH123
+                sides = _Sides(step.pre, step.ft, pre, ft)
                 match step.action:
                     case Prune() as action:
-                        result = self._prune(action, step.pre, step.ft, pre, ft, sink)
+                        result = self._prune(action, sides, sink)
                     case Blend() as action:
-                        result = self._blend(action, step.pre, step.ft, pre, ft, sink)
+                        result = self._blend(action, sides, sink)
                     case Keep() | Reset() as action:
-                        result = self._take(action, step.pre, step.ft, pre, ft, sink)
+                        result = self._take(action, sides, sink)
         return checked(step, result, allow_nonfinite=self.allow_nonfinite)
 
     def _copy(self, tensor: Tensor, file: BinaryIO, sink: Sink) -> bool:
@@ -81,68 +85,57 @@ class CpuEngine:
             sink.write(start, view)
         return bool(np.isfinite(total))
 
-    def _take(
-        self, action: Keep | Reset, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, sink: Sink
-    ) -> Result:
-        result = _Sums()
-        for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
-            before = kernels.distance(pre.dtype, base, ft.dtype, tuned)
+    def _take(self, action: Keep | Reset, sides: _Sides, sink: Sink) -> Result:
+        pre, ft, sums = sides.pre, sides.ft, _Sums()
+        for start, base, tuned in self._chunks(sides):
+            before = after = kernels.distance(pre.dtype, base, ft.dtype, tuned)
             if isinstance(action, Reset):
                 tuned = self._cast(base, pre, ft)
-                same = pre.dtype == ft.dtype
-                after = Distance(0.0, 0.0, 0) if same else kernels.distance(pre.dtype, base, ft.dtype, tuned)
-            else:
-                after = before
-            result.add(before, after.delta2, after.differ)
+                after = SAME if pre.dtype == ft.dtype else kernels.distance(pre.dtype, base, ft.dtype, tuned)
+            sums.add(before, after.delta2, after.differ)
             sink.write(start * tuned.itemsize, memoryview(tuned))
-        keeps = isinstance(action, Keep)
-        return result.of(kept=ft.entries if keeps else 0, pruned=0 if keeps else ft.entries)
+        kept = ft.entries if isinstance(action, Keep) else 0
+        return sums.result(kept, ft.entries - kept)
 
-    def _blend(
-        self, action: Blend, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, sink: Sink
-    ) -> Result:
-        result = _Sums()
-        for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
+    def _blend(self, action: Blend, sides: _Sides, sink: Sink) -> Result:
+        sums = _Sums()
+        for start, base, tuned in self._chunks(sides):
             out = self._out(tuned)
-            before, after = kernels.blend(action.alpha, pre.dtype, base, ft.dtype, tuned, out)
-            result.add(before, after.delta2, after.differ)
+            before, after = kernels.blend(action.alpha, sides.pre.dtype, base, sides.ft.dtype, tuned, out)
+            sums.add(before, after.delta2, after.differ)
             sink.write(start * out.itemsize, memoryview(out))
-        return result.of()
+        return sums.result(None, None)
 
-    def _prune(
-        self, action: Prune, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, sink: Sink
-    ) -> Result:
-        n = ft.entries
+    def _prune(self, action: Prune, sides: _Sides, sink: Sink) -> Result:
+        pre, ft, n = sides.pre, sides.ft, sides.ft.entries
         r = rank(action.sparsity, n)
         if r in (0, n):
-            return self._take(Keep() if r == 0 else Reset(), pre, ft, pre_file, ft_file, sink)
-        mean = self._mean(pre, pre_file) if action.uses_mean else np.float32(0)
-
-        threshold = self._threshold(action, mean, r, pre, ft, pre_file, ft_file)
-        result, kept = _Sums(), 0
-        for start, base, tuned in self._chunks(pre, ft, pre_file, ft_file):
+            return self._take(Keep() if r == 0 else Reset(), sides, sink)
+        mean = self._mean(sides) if action.uses_mean else np.float32(0)
+        threshold = self._threshold(action, mean, r, sides)
+        sums, kept = _Sums(), 0
+        for start, base, tuned in self._chunks(sides):
             out = self._out(tuned)
             cast = self._cast(base, pre, ft)
             done = kernels.prune(action, mean, threshold, pre.dtype, base, cast, ft.dtype, tuned, out)
             if pre.dtype == ft.dtype:
-                result.add(done.before, done.kept2, done.changed)
+                sums.add(done.before, done.kept2, done.changed)
             else:  # what went back was rounded
                 after = kernels.distance(pre.dtype, base, ft.dtype, out)
-                result.add(done.before, after.delta2, after.differ)
+                sums.add(done.before, after.delta2, after.differ)
             kept += done.kept
             sink.write(start * out.itemsize, memoryview(out))
-        return result.of(kept=kept, pruned=n - kept)
+        return sums.result(kept, n - kept)
 
-    def _threshold(
-        self, action: Prune, mean: np.float32, r: int, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO
-    ) -> np.float32:
+    def _threshold(self, action: Prune, mean: np.float32, r: int, sides: _Sides) -> np.float32:
         """The r-th smallest score, exactly."""
-        search = Search(self._sample(action, mean, pre, ft, pre_file, ft_file), ft.entries, r)
+        pre, ft = sides.pre, sides.ft
+        search = Search(self._sample(action, mean, sides), ft.entries, r)
         while not search.found:
             bracket = search.bracket()
             counts = [
                 kernels.count(action, mean, bracket, pre.dtype, base, ft.dtype, tuned)
-                for _, base, tuned in self._chunks(pre, ft, pre_file, ft_file, backwards=True)
+                for _, base, tuned in self._chunks(sides, backwards=True)
             ]
             search.narrow(
                 sum(part.above_low for part in counts),
@@ -151,22 +144,20 @@ class CpuEngine:
             )
         return search.threshold
 
-    def _mean(self, pre: Tensor, file: BinaryIO) -> np.float32:
+    def _mean(self, sides: _Sides) -> np.float32:
         """mean |W_pre|: summed in float64, then float32."""
-        total, itemsize = 0.0, RAW[pre.dtype].itemsize
-        file.seek(pre.begin)
+        pre, total, itemsize = sides.pre, 0.0, RAW[sides.pre.dtype].itemsize
+        sides.pre_file.seek(pre.begin)
         for start in range(0, pre.entries, CHUNK):
             count = min(CHUNK, pre.entries - start)
             view = memoryview(self.raw_pre)[: count * itemsize]
-            self.tick(fill(file, view, pre))
+            self.tick(fill(sides.pre_file, view, pre))
             total += kernels.abs_sum(pre.dtype, np.frombuffer(view, RAW[pre.dtype]))
         return np.float32(total / pre.entries)
 
-    def _sample(
-        self, action: Prune, mean: np.float32, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO
-    ) -> Floats:
+    def _sample(self, action: Prune, mean: np.float32, sides: _Sides) -> Floats:
         """Scores of short runs from all over the tensor, [runs, RUN]; of the whole tensor, [1, n], when it is small."""
-        n = ft.entries
+        pre, ft, n = sides.pre, sides.ft, sides.ft.entries
         runs = min(max(n >> 15, 128), 512)
         if n <= 2 * runs * RUN:
             starts, length = np.zeros(1, np.int64), n
@@ -177,7 +168,7 @@ class CpuEngine:
             starts, length = ((np.arange(runs) + shift) * (stretch - RUN / n * stretch)).astype(np.int64), RUN
             starts = np.minimum(starts, n - RUN)
         raw = []
-        for tensor, file in ((pre, pre_file), (ft, ft_file)):
+        for tensor, file in ((pre, sides.pre_file), (ft, sides.ft_file)):
             sampled = np.empty(len(starts) * length, RAW[tensor.dtype])
             for position, start in enumerate(starts):
                 file.seek(tensor.begin + int(start) * sampled.itemsize)
@@ -188,22 +179,21 @@ class CpuEngine:
         scores: Floats = action.score(delta, weight, mean)
         return scores.reshape(len(starts), length)
 
-    def _chunks(
-        self, pre: Tensor, ft: Tensor, pre_file: BinaryIO, ft_file: BinaryIO, *, backwards: bool = False
-    ) -> Iterator[tuple[int, Array, Array]]:
+    def _chunks(self, sides: _Sides, *, backwards: bool = False) -> Iterator[tuple[int, Array, Array]]:
         """(start, raw pre, raw ft) of each chunk; the arrays are overwritten by the next.
 
         A pass that goes the other way than the one before begins with what that one left in the cache.
         """
+        pre, ft = sides.pre, sides.ft
         pre_type, ft_type = RAW[pre.dtype], RAW[ft.dtype]
         starts = range(0, ft.entries, CHUNK)
         for start in reversed(starts) if backwards else starts:
             count = min(CHUNK, ft.entries - start)
             base = memoryview(self.raw_pre)[: count * pre_type.itemsize]
             tuned = memoryview(self.raw_ft)[: count * ft_type.itemsize]
-            pre_file.seek(pre.begin + start * pre_type.itemsize)
-            ft_file.seek(ft.begin + start * ft_type.itemsize)
-            self.tick(fill(pre_file, base, pre) + fill(ft_file, tuned, ft))
+            sides.pre_file.seek(pre.begin + start * pre_type.itemsize)
+            sides.ft_file.seek(ft.begin + start * ft_type.itemsize)
+            self.tick(fill(sides.pre_file, base, pre) + fill(sides.ft_file, tuned, ft))
             yield start, np.frombuffer(base, pre_type), np.frombuffer(tuned, ft_type)
 
     def _out(self, tuned: Array) -> Array:
@@ -258,6 +248,16 @@ def checked(step: Step, result: Result, *, allow_nonfinite: bool) -> Result:
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """A tensor of pre and its like of ft, with the files that hold them."""
+
+    pre: Tensor
+    ft: Tensor
+    pre_file: BinaryIO
+    ft_file: BinaryIO
+
+
 class _Sums:
     """The running sums of one tensor."""
 
@@ -271,5 +271,5 @@ class _Sums:
         self.after2 += after2
         self.differ += differ
 
-    def of(self, kept: int | None = None, pruned: int | None = None) -> Result:
+    def result(self, kept: int | None, pruned: int | None) -> Result:
         return Result(kept, pruned, self.differ, self.before2, self.after2, self.weight2)

@@ -9,14 +9,13 @@ import torch
 from checkpoints import write_checkpoint
 
 from surgery.checkpoint.companions import companions
-from surgery.checkpoint.source import open_checkpoint
 from surgery.errors import CheckpointError
 
 TRAVEL = [
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("chat_template.jinja", "additional_chat_templates/tools.jinja", "preprocessor_config.json"),
-    *("modeling_own.py", "1_Pooling/config.json", "LICENSE"),
+    *("modeling_own.py", "1_Pooling/config.json", "2_Dense/model.safetensors", "LICENSE"),
 ]
 STAY = [
     *("README.md", "surgery-report.json", "surgery-journal.jsonl", "trainer_state.json", "training_args.bin"),
@@ -33,7 +32,7 @@ def ft(tmp_path: Path) -> Path:
 
 
 def found(ft: Path) -> dict[str, Path]:
-    return companions(open_checkpoint(str(ft), needs_config=True))
+    return companions(ft)
 
 
 def test_what_travels_and_what_stays(ft: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, Hub, hub
 
-from surgery.checkpoint.hub import is_companion, resolve
+from surgery.checkpoint.companions import travels
+from surgery.checkpoint.hub import resolve
 from surgery.errors import CheckpointError
 
 CONFIG = {"config.json": b'{"model_type": "llama"}'}
@@ -345,12 +346,13 @@ def test_disk_full_and_a_cache_that_may_not_be_written(server: Hub, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", [*COMPANIONS, "vocab.txt", "chat_template.jinja", "special_tokens_map.json"])
-def test_is_companion(name: str) -> None:
-    assert is_companion(name)
+def test_travels(name: str) -> None:
+    assert travels(name)
 
 
 @pytest.mark.parametrize(
-    "name", [*NOISE, *SHARDED, *SINGLE, "events.out.tfevents.1", "readme.txt", "additional_chat_templates/x/y"]
+    "name",
+    [*NOISE, *sorted((SHARDED | SINGLE).keys() - CONFIG.keys()), "events.out.tfevents.1", "readme.txt", "runs/x/y"],
 )
-def test_is_no_companion(name: str) -> None:
-    assert not is_companion(name)
+def test_stays(name: str) -> None:
+    assert not travels(name)
