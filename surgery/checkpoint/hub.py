@@ -197,7 +197,7 @@ def _weights(repo: str, names: Collection[str], read_index: Callable[[], bytes])
             f"the hub repository {repo!r} has {len(found)} safetensors files at its root and no {INDEX} that says "
             "which belong together: download the ones you mean and give the folder."
         )
-    other = sorted(name for name in names if name.lower().endswith(WEIGHTS))
+    other = sorted(name for name in names if name.lower().endswith(WEIGHTS) and not name.endswith(".safetensors"))
     has = f"its weights are in another format ({other[0]})" if other else "nor any other weights"
     raise HubError(
         f"the hub repository {repo!r} has no safetensors weights at its root, {has}: "
