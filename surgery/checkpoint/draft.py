@@ -221,13 +221,13 @@ class Draft:
             found, records = None, {}
         resume = resume and isinstance(found, dict)
         if resume:
-            changed = sorted(key for key in found | self.identity if found.get(key) != self.identity.get(key))
-            if changed not in ([], ["command"]):
+            changed = {key for key in found | self.identity if found.get(key) != self.identity.get(key)} - {"command"}
+            if changed:
                 self.journal.close()
                 self.locked = False
                 raise OutputError(
-                    f"{self.out}: --resume needs the run that was stopped, but this one differs in {', '.join(changed)}. Repeat "
-                    "that command, or start afresh without --resume."
+                    f"{self.out}: --resume needs the run that was stopped, but this one differs in "
+                    f"{', '.join(sorted(changed))}. Repeat that command, or start afresh without --resume."
                 )
             self.identity = found
             self.done = {name: record for name, record in records.items() if name in self.tensors}
