@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 # A value that takes more than this share of the sample is an atom (Δ = 0 in bfloat16, say): it is counted, never collected.
-ATOM = 0.01
+ATOM = 0.1
 # Half the bracket's width, in standard errors of the sampled rank: one tensor in a million needs a second pass.
 ERRORS = 5.0
 
@@ -120,7 +120,7 @@ class Search:
                 self.low, self.high, self.collect = _below(sample[center]), sample[center], False
             else:
                 if left > first:
-                    self.low = sample[left]
+                    self.low = _below(sample[left])  # t may be that very value, where many are tied
                 if right < last - 1:
                     self.high = sample[right]
                 for value in np.unique(sample[left : right + 1]):
