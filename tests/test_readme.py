@@ -1,0 +1,57 @@
+"""What README and docs tell people to type works: every surgery command in them runs, every make target and file exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from checkpoints import tiny_llama_pair
+
+from surgery.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EDITS = ("fapm", "magnitude", "half-reset", "hma")
+
+
+def commands() -> set[str]:
+    """Whole commands: `surgery …` in backquotes or on an indented line, with or without a prompt."""
+    text = "\n".join(path.read_text() for path in TEXTS)
+    quoted = re.findall(r"`(surgery [a-z-]+[^`]*)`", text)
+    indented = re.findall(r"^    (?:\$ )?(surgery [a-z-]+.*)$", text, re.MULTILINE)
+    return {command.replace("\n", " ") for command in quoted + indented}
+
+
+def test_there_are_commands() -> None:
+    assert {words.split()[1] for words in commands()} >= set(EDITS)
+
+
+@pytest.mark.parametrize("command", sorted(words for words in commands() if words.split()[1] in EDITS))
+def test_edits_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny pair of our own in place of the models that the command names."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama_pair(tmp_path, layers=3)
+    words = shlex.split(re.sub(r"--(pre|ft) \S+", "", command))[1:]
+    assert main([*words, "--pre", "pre", "--ft", "ft", "--dry-run"]) == 0
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make ([a-z]+)  ", (ROOT / "README.md").read_text())) == {"demo", "test"}
+    assert {"demo", "test"} <= set(targets)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_what_is_linked_or_run_exists(path: Path) -> None:
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / target).exists(), target
+    for script in re.findall(r"python (benchmarks/\S+\.py)", text):
+        assert (ROOT / script).exists(), script
+
+
+def test_the_tree_in_the_readme_exists() -> None:
+    for entry in re.findall(r"^    (surgery/\S+) ", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert list(ROOT.glob(entry.rstrip("/"))), entry
