@@ -596,7 +596,7 @@ def test_ctrl_c(tmp_path: Path, presses: int) -> None:
     write_checkpoint(tmp_path / "ft", fine_tuned(pre), shards=2)
     before = contents(tmp_path)
     environment = {**os.environ, "SURGERY_KERNELS": "numpy"}
-    for wait in (0.0, 0.05, 0.1):
+    for wait in (0.0, 0.0, 0.001, 0.002, 0.005, 0.05, 0.1):
         process = subprocess.Popen(
             [*SURGERY, "fapm", *PAIR, "--workers", "1"],
             cwd=tmp_path,

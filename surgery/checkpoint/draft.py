@@ -74,7 +74,8 @@ def _old(out: Path) -> Path:
 class Draft:
     """The folder that becomes the output.
 
-    Use it as a context manager: leaving it without `commit` removes it, so that an error or Ctrl-C leaves nothing behind.
+    Entering it makes or resumes the folder; leaving it without `commit` removes it, so that an error or Ctrl-C leaves nothing
+    behind.
 
     Args:
         out: the output folder, checked.
@@ -116,18 +117,21 @@ class Draft:
         self.stop = threading.Event()
         self.failure: OSError | None = None
         self.locked = self.committed = False
-        try:
-            with _explained(self.folder):
-                self._make_folder()
-                self._open_journal(resume)
-                self._open_shards(extra)
-        except BaseException:
-            self._discard()
-            raise
+        self.resume, self.extra = resume, extra
         self.syncer = threading.Thread(target=self._sync_now_and_then, daemon=True)
-        self.syncer.start()
 
     def __enter__(self) -> Draft:
+        try:
+            # Ctrl-C waits until it is known what there is to remove.
+            with _explained(self.folder), _postponed():
+                self._make_folder()
+                self._open_journal(self.resume)
+                self._open_shards(self.extra)
+                self.syncer.start()
+        except BaseException:
+            self._stop_syncer()
+            self._discard()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -275,7 +279,8 @@ class Draft:
 
     def _stop_syncer(self) -> None:
         self.stop.set()
-        self.syncer.join()
+        if self.syncer.is_alive():
+            self.syncer.join()
 
     def _close(self) -> None:
         for file in self.files.values():
@@ -347,6 +352,23 @@ def _same_file(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def _postponed() -> Iterator[None]:
+    """Ctrl-C is heard at the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(pressed[0], None)
 
 
 @contextlib.contextmanager

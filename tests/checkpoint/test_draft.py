@@ -64,7 +64,7 @@ def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
 
 def test_too_small_a_disk(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="bytes free, the output needs"):
-        draft(tmp_path / "out", extra=1 << 62)
+        draft(tmp_path / "out", extra=1 << 62).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,7 +73,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         fill(first, "a")
         for resume in (False, True):
             with pytest.raises(OutputError, match="another surgery run is writing it"):
-                draft(tmp_path / "out", resume=resume)
+                draft(tmp_path / "out", resume=resume).__enter__()
         assert (first.folder / NAME).exists()
         fill(first, "b")
         first.commit({}, {})
@@ -89,7 +89,7 @@ def test_another_run_cannot_step_in_while_the_output_appears(tmp_path: Path, mon
         def wrapped(path: Path, *arguments: Any) -> Any:
             if path.name.endswith("-draft"):
                 with pytest.raises(OutputError, match="another surgery run"):
-                    draft(tmp_path / "out")
+                    draft(tmp_path / "out").__enter__()
                 refused.append(path)
             return operation(path, *arguments)
 
@@ -105,13 +105,13 @@ def test_another_run_cannot_step_in_while_the_output_appears(tmp_path: Path, mon
 
 
 def test_resume(tmp_path: Path) -> None:
-    first = draft(tmp_path / "out")
+    first = draft(tmp_path / "out").__enter__()
     fill(first, "a")
     first._stop_syncer()
     first._sync()
     first._close()  # as a killed process would
     with pytest.raises(OutputError, match="differs in ft"):
-        draft(tmp_path / "out", resume=True, ft="another one")
+        draft(tmp_path / "out", resume=True, ft="another one").__enter__()
     with draft(tmp_path / "out", resume=True, command=["surgery", "--workers", "1"]) as second:
         assert second.done == {"a": {"kept": 1}}
         assert second.identity["command"] == ["surgery"]
