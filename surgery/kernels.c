@@ -29,7 +29,7 @@ typedef struct {
 typedef struct {
     Distance before;
     double kept2;          /* sum of (ft - pre)^2 over the kept entries */
-    int64_t changed, kept; /* kept entries, and those of them where ft != pre */
+    int64_t changed, kept; /* kept entries where ft != pre, and all kept entries */
 } Pruned;
 
 typedef struct {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # A value that takes more than this share of the sample is an atom (Δ = 0 in bfloat16, say): it is counted, never collected.
 ATOM = 0.1
-# Half the bracket's width, in standard errors of the sampled rank: one tensor in a million needs a second pass.
+# Half the bracket's width, in standard errors of the sampled rank: wide enough that a second pass is rare.
 ERRORS = 5.0
 
 

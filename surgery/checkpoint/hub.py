@@ -21,7 +21,7 @@ from pathlib import Path
 from surgery.checkpoint.companions import WEIGHTS, travels
 from surgery.errors import CheckpointError, HubError
 
-# huggingface_hub costs half a second to import, so only the functions that talk to the hub import it.
+# huggingface_hub is slow to import, so only the functions that talk to the hub import it.
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

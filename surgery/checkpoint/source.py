@@ -18,19 +18,17 @@ OTHER_FORMATS = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Headers and configuration of a model on disk; no weights.
+    """Headers of a model on disk; no weights.
 
     Attributes:
         shards: the file name of each shard and its header, in the order of the names.
         tensors: every tensor, by name. Where an index exists, it decides which shard holds a tensor.
-        config: config.json, {} when the folder has none.
         index: the index's "metadata", None for a model in a single file.
     """
 
     source: Source
     shards: dict[str, Header]
     tensors: dict[str, Tensor]
-    config: dict[str, Any]
     index: dict[str, Any] | None
 
     @property
@@ -57,10 +55,11 @@ def open_checkpoint(typed: str, *, needs_config: bool = False) -> Checkpoint:
     tensors = _assign(folder, shards, weight_map)
     if not tensors:
         raise CheckpointError(f"{folder}: the checkpoint holds no tensor.")
-    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else None
-    if config is None and needs_config:
+    if (folder / "config.json").exists():
+        _read_json(folder / "config.json")
+    elif needs_config:
         raise CheckpointError(f"{folder}: config.json is missing, so nothing could load the result. Copy it there.")
-    return Checkpoint(source, shards, tensors, config or {}, index)
+    return Checkpoint(source, shards, tensors, index)
 
 
 def _weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:

@@ -1,8 +1,8 @@
 """Edit one tensor on the CPU, in chunks that fit the cache.
 
 A chunk of pre and ft is read from the page cache into a small buffer, scored, chosen and handed on while it is hot. No tensor
-is ever in memory as a whole: pruning reads it again instead, once to find the threshold and once to write, since reading
-what the page cache holds costs less than touching that much fresh memory.
+is ever in memory as a whole: pruning reads it again instead, once to find the threshold and once to write, from the
+page cache, so that the peak depends on neither the model nor its largest tensor.
 """
 
 from __future__ import annotations
