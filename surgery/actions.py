@@ -24,13 +24,15 @@ class Reset:
 class Prune:
     """ft where an entry's score is above the r-th smallest of the tensor, r = round(sparsity · n); elsewhere pre.
 
-    `kernel` names the score's twin in kernels.c, if it has one.
+    `kernel` names the score's twin in kernels.c, if it has one. With `groups` above 1 the tensor is cut along its outermost
+    dimension into so many equal parts, each with a mean and a threshold of its own.
     """
 
     score: Score
     sparsity: float
     uses_mean: bool = False
     kernel: str = ""
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)

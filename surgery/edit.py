@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +13,21 @@ from typing import Any, Protocol
 from surgery import kernels, report
 from surgery.actions import Prune
 from surgery.checkpoint.companions import companions
+from surgery.checkpoint.container import MAX_SHARD_SIZE, Container, split
 from surgery.checkpoint.draft import REPORT, Draft, check_output, explain
+from surgery.checkpoint.formats import SETS
 from surgery.checkpoint.pair import Pair, pair
-from surgery.checkpoint.source import INDEX, Checkpoint, open_checkpoint
+from surgery.checkpoint.source import BORROWING, Checkpoint, open_both, read_json
 from surgery.engines.cpu import CpuEngine
 from surgery.engines.cpu import Sink as SinkProtocol
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
-from surgery.errors import CheckpointError, OptionError
+from surgery.errors import CheckpointError
 from surgery.methods import Method
+from surgery.stream import Tick, stream
+from surgery.stream import workers as count_workers
 
-# More threads than this wait for the interpreter, not for the data.
-MAX_WORKERS = 8
+CONFIG = "config.json"
 
 
 class Engine(Protocol):
@@ -41,7 +42,8 @@ class Job:
     """Everything about a run that headers can tell, checked.
 
     Attributes:
-        steps: one for each tensor of ft, in the order of ft's shards.
+        steps: one for each tensor of ft, in the order of ft's files.
+        container: how the output's files are cut.
         out: the output folder.
         replace: a checkpoint that is there may be replaced.
         copies: ft's files that travel with its weights: name in the output -> path.
@@ -52,6 +54,7 @@ class Job:
     pair: Pair
     method: Method
     steps: list[Step]
+    container: Container
     out: Path
     replace: bool
     copies: dict[str, Path]
@@ -67,42 +70,64 @@ class Job:
 
 def check_machine(device: str, workers: int | None) -> None:
     """Raise OptionError unless this machine can run on the device with so many workers."""
-    if workers is not None and workers < 1:
-        raise OptionError(f"--workers must be 1 or more, not {workers}.")
+    count_workers(workers)
     if device not in ("auto", "cpu"):
         from surgery.engines.cuda import find_device
 
         find_device(device)
 
 
-class Stopped(Exception):
-    """Raised in a worker when another one failed or the user pressed Ctrl-C."""
-
-
-def prepare(pre: str | Path, ft: str | Path, method: Method, *, out: Path | None = None, force: bool = False) -> Job:
+def prepare(
+    pre: str | Path,
+    ft: str | Path,
+    method: Method,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    strict: bool = False,
+    max_shard_size: str | None = None,
+) -> Job:
     """Open a pair, plan the edit and check the output, reading headers only.
 
     Args:
-        pre, ft: folders, or hub ids with an optional `@revision`.
+        pre, ft: folders, files, or hub ids with an optional `@revision`.
         method: with its parameters.
         out: the output folder; by default a sibling of ft named after the method.
         force: an existing checkpoint at `out` may be replaced.
+        strict: refuse a pair whose tensors or vocabularies do not match one to one.
+        max_shard_size: cut the output anew into files of at most this size, such as "5GB"; by default as ft is cut, or at 5 GB
+            where ft is in another format than safetensors.
 
     Raises:
         SurgeryError: anything that can be refused before working.
     """
-    tuned = open_checkpoint(str(ft), needs_config=True)
-    base = open_checkpoint(str(pre))
-    both = pair(base, tuned)
+    base, (tuned,) = open_both(str(pre), str(ft))
+    both = pair(base, tuned, strict=strict)
     actions = method.plan(both.items)
-    # A folder may hold links, to the hub's cache or elsewhere: what they lead to is input too.
-    inputs = [path for folder in (base.folder, tuned.folder) for path in (folder, *sorted(folder.iterdir()))]
-    target = check_output(out or _default_out(tuned, method), inputs, force=force)
-    steps = [
-        Step(item.ft, item.pre, item.place, action, item.ft.path.name)
-        for item, action in zip(both.items, actions, strict=True)
-    ]
-    return Job(both, method, steps, target, force, companions(tuned.folder))
+    container = tuned.container if max_shard_size is None else None
+    container = container or split(tuned.tensors, max_shard_size or MAX_SHARD_SIZE)
+    copies = _copies(base, tuned)
+    target = check_output(out or _default_out(tuned, method), [*_inputs(base), *_inputs(tuned)], force=force)
+    steps = [Step(item.ft, item.pre, item.place, action) for item, action in zip(both.items, actions, strict=True)]
+    return Job(both, method, steps, container, target, force, copies)
+
+
+def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
+    """What a loader needs beside the weights: ft's own, and pre's where ft's format has none."""
+    found = companions(ft.folder, only_known=ft.source.file is not None)
+    if ft.format in BORROWING:
+        found = companions(pre.folder, only_known=pre.source.file is not None) | found
+    if CONFIG not in found:
+        raise CheckpointError(f"{ft.folder}: config.json is missing, so nothing could load the result. Copy it there.")
+    read_json(found[CONFIG])
+    return found
+
+
+def _inputs(checkpoint: Checkpoint) -> list[Path]:
+    """What must not be written to. A folder may hold links, to the hub's cache or elsewhere: what they lead to is input too."""
+    if checkpoint.source.file:
+        return list(checkpoint.files.values())
+    return [checkpoint.folder, *sorted(checkpoint.folder.iterdir()), *checkpoint.files.values()]
 
 
 def run(
@@ -131,91 +156,39 @@ def run(
     """
     check_machine(device, workers)
     make_engine = _engine(device, allow_nonfinite)
-    count = workers or min(_cores(), MAX_WORKERS)
     identity = _identity(job, allow_nonfinite, device, command)
-    metadata = {name: header.metadata for name, header in job.pair.ft.shards.items()}
+    tensors = job.pair.ft.tensors
     shards = {
-        name: ([step.ft for step in job.steps if step.shard == name], metadata[name])
-        for name in job.pair.ft.shards
-        if any(step.shard == name for step in job.steps)
+        file: ([tensors[name] for name in shard.names], shard.metadata) for file, shard in job.container.shards.items()
     }
     extra = sum(path.stat().st_size for path in job.copies.values())
     with Draft(job.out, shards, identity, resume=resume, replace=job.replace, extra=extra) as draft:
         todo = [step for step in job.steps if step.ft.name not in draft.done]
+
+        def work(tick: Tick) -> Callable[[Step], None]:
+            engine = make_engine(tick)
+            return lambda step: draft.finish(step.ft.name, asdict(engine.run(step, draft.sink(step.ft.name))))
+
         advance(job.reading - sum(map(_reading, todo)))
         try:
-            _stream(todo, draft, make_engine, count, advance)
+            stream(sorted(todo, key=lambda step: -step.ft.nbytes), work, count_workers(workers), advance)
         except OSError as error:
             raise explain(error, job.out) from error
         for side, checkpoint in (("pre", job.pair.pre), ("ft", job.pair.ft)):
             if _files(checkpoint) != identity[side]:
-                raise CheckpointError(f"{checkpoint.folder}: its shards changed while surgery read them. Run it again.")
+                raise CheckpointError(f"{checkpoint.folder}: its files changed while surgery read them. Run it again.")
         # A resumed run reports the command that began it.
         document = _report(job, draft.done, draft.identity["command"])
         files = {
             REPORT: report.dumps(document),
             "README.md": report.model_card(document, job.out.name).encode(errors="backslashreplace"),
         }
-        if job.pair.ft.index is not None:
-            weight_map = {step.ft.name: step.shard for step in job.steps}
-            index = {"metadata": job.pair.ft.index, "weight_map": weight_map}
-            files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        if job.container.index is not None:
+            weight_map = {name: file for file, shard in job.container.shards.items() for name in shard.names}
+            index = {"metadata": job.container.index, "weight_map": weight_map}
+            files[SETS[0][2]] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
         draft.commit(files, job.copies)
     return document
-
-
-def _stream(
-    todo: Sequence[Step],
-    draft: Draft,
-    make_engine: Callable[[Callable[[int], None]], Engine],
-    count: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Run the steps on `count` threads, the largest first so that they end together."""
-    work: queue.SimpleQueue[Step] = queue.SimpleQueue()
-    for step in sorted(todo, key=lambda step: -step.ft.nbytes):
-        work.put(step)
-    stop = threading.Event()
-    failures: list[BaseException] = []
-    read = [0] * count
-
-    def worker(number: int) -> None:
-        def tick(nbytes: int) -> None:
-            read[number] += nbytes
-            if stop.is_set():
-                raise Stopped
-
-        try:
-            engine = make_engine(tick)
-            while True:
-                step = work.get_nowait()
-                result = engine.run(step, draft.sink(step.ft.name))
-                draft.finish(step.ft.name, asdict(result))
-        except (queue.Empty, Stopped):
-            return
-        except BaseException as error:
-            failures.append(error)
-            stop.set()
-
-    threads = [threading.Thread(target=worker, args=(number,), daemon=True) for number in range(count)]
-    shown = 0
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(0.1 / count)
-            total = sum(read)
-            advance(total - shown)
-            shown = total
-    finally:
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-    if failures:
-        raise failures[0]
-    advance(sum(read) - shown)
 
 
 def _engine(device: str, allow_nonfinite: bool) -> Callable[[Callable[[int], None]], Engine]:
@@ -237,12 +210,8 @@ def _reading(step: Step) -> int:
 def _default_out(ft: Checkpoint, method: Method) -> Path:
     if ft.source.repo:
         return Path(f"{ft.source.repo.split('/')[-1]}-{method.label()}")
-    folder = Path(os.path.realpath(ft.folder))
-    return folder.with_name(f"{folder.name}-{method.label()}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path = Path(os.path.realpath(ft.folder / (ft.source.file or "")))
+    return path.with_name(f"{path.stem if ft.source.file else path.name}-{method.label()}")
 
 
 def _identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[str]) -> dict[str, Any]:
@@ -259,13 +228,13 @@ def _identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[st
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, list[Any]]:
-    """Size, time and header of each shard: enough to notice another file, without reading it."""
-    found = {}
-    for name, header in checkpoint.shards.items():
-        status = header.path.stat()
-        layout = sorted((t.name, t.dtype, t.shape, t.begin) for t in header.tensors.values())
-        found[name] = [status.st_size, status.st_mtime_ns, hashlib.sha256(repr(layout).encode()).hexdigest()]
-    return found
+    """Size and time of each file, and what it holds: enough to notice another file, without reading it."""
+    found: dict[str, list[Any]] = {}
+    for name, path in checkpoint.files.items():
+        status = path.stat()
+        found[name] = [status.st_size, status.st_mtime_ns]
+    layout = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.start) for tensor in checkpoint.tensors.values())
+    return found | {"tensors": [hashlib.sha256(repr(layout).encode()).hexdigest()]}
 
 
 def _report(job: Job, results: dict[str, dict[str, Any]], command: Sequence[str]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def describe(step: Step, result: Result) -> dict[str, Any]:
         line["alpha"] = step.action.alpha
     if isinstance(step.action, Prune):
         line["sparsity"] = step.action.sparsity
+    if step.added is not None:
+        line["new_rows"] = step.added.shape[0]
     if result.nonfinite:
         line["nonfinite"] = True
     return line

@@ -173,9 +173,9 @@ FAULTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "no folder": (lambda root: shutil.rmtree(root / "ft"), ("ft", "no folder")),
     "an empty folder": (
         lambda root: _emptied(root / "ft"),
-        ("ft: not a checkpoint", "model.safetensors"),
+        ("ft: is not a checkpoint", "model.safetensors"),
     ),
-    "a file": (lambda root: _as_file(root / "ft"), ("'ft' is a file",)),
+    "a file": (lambda root: _as_file(root / "ft"), ("ft: is no checkpoint", "Give the folder")),
     "no config": (lambda root: (root / "ft/config.json").unlink(), ("ft: config.json is missing", "Copy it there")),
     "a broken config": (lambda root: (root / "ft/config.json").write_text("{"), ("ft/config.json", "not valid JSON")),
     "a config that is a list": (lambda root: (root / "ft/config.json").write_text("[]"), ("ft/config.json", "object")),

@@ -145,7 +145,7 @@ def test_parameters_are_recorded(tmp_path: Path) -> None:
     method = Magnitude(0.25, Scope("linear", "pre", include=("mlp",), exclude=("up",)))
     document = run(prepare(tmp_path / "pre", tmp_path / "ft", method, out=tmp_path / "out"))
     scope = {"scope": "linear", "rest": "pre", "include": ["mlp"], "exclude": ["up"]}
-    assert document["parameters"] == {"sparsity": 0.25, "scope": scope}
+    assert document["parameters"] == {"sparsity": 0.25, "scope": scope, "group": "tensor"}
     alphas = {
         line["name"]: line.get("alpha")
         for line in run(prepare(tmp_path / "pre", tmp_path / "ft", Hma((0.25, 0.0)), out=tmp_path / "hma"))["tensors"]

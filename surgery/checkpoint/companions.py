@@ -21,12 +21,17 @@ STAY_ENDINGS = (
     *".index.json .lock .tmp .incomplete .zip .tar .gz .7z .parquet .png .jpg .jpeg .gif .mp4 .pdf".split(),
 )
 STAY_NAMES = tuple(
-    "surgery-report.json surgery-journal.jsonl trainer_state.json training_args.json latest zero_to_fp32.py".split()
+    "surgery-report.json surgery-journal.jsonl trainer_state.json training_args.json latest zero_to_fp32.py"
+    " adapter_config.json params.json checklist.chk consolidated.index.json".split()
 )
 STAY_BEGINNINGS = (".", "readme", "events.out.tfevents")
 STAY_FOLDERS = tuple(". checkpoint- global_step runs wandb logs original onnx openvino coreml __pycache__".split())
 # The modules after the transformer in a sentence-transformers model, "2_Dense/model.safetensors", have weights of their own.
 MODULE = re.compile(r"[0-9]+_[A-Z][^/]*/[^/]+\.(safetensors|bin)")
+KNOWN = re.compile(
+    r"((\w+_)?config|tokenizer\w*|special_tokens_map|added_tokens|vocab|chat_template)\.json|merges\.txt|vocab\.txt|\w+\.model"
+    r"|chat_template\.jinja"
+)
 
 
 def travels(name: str) -> bool:
@@ -41,13 +46,18 @@ def travels(name: str) -> bool:
     )
 
 
-def companions(folder: Path) -> dict[str, Path]:
+def companions(folder: Path, *, only_known: bool = False) -> dict[str, Path]:
     """The files of a checkpoint to copy: name in the output, with its folder -> path. Links to files are followed.
+
+    Args:
+        only_known: only what is surely a loader's, since the folder may hold anything: it is that of a single file.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     found = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    if only_known:
+        found = {name: path for name, path in found.items() if KNOWN.fullmatch(name)}
     for path in found.values():
         if not path.exists():
             raise CheckpointError(

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.header import Tensor, encode_header
+from surgery.checkpoint.header import encode_header
+from surgery.checkpoint.tensor import Tensor
 from surgery.errors import OutputError
 
 JOURNAL = "surgery-journal.jsonl"
@@ -103,11 +104,11 @@ class Draft:
         self.folder = out.with_name(f".{out.name}.surgery-draft")
         self.identity = json.loads(json.dumps(identity))
         self.headers: dict[str, bytes] = {}
-        self.tensors: dict[str, tuple[str, Tensor]] = {}
+        self.places: dict[str, tuple[str, int]] = {}
         self.sizes: dict[str, int] = {}
         for name, (tensors, metadata) in shards.items():
-            self.headers[name], placed = encode_header(list(tensors), metadata)
-            self.tensors |= {tensor.name: (name, tensor) for tensor in placed.values()}
+            self.headers[name], begins = encode_header(tensors, metadata)
+            self.places |= {tensor: (name, begin) for tensor, begin in begins.items()}
             self.sizes[name] = len(self.headers[name]) + sum(tensor.nbytes for tensor in tensors)
         self.done: dict[str, dict[str, Any]] = {}
         self.files: dict[str, int] = {}
@@ -142,8 +143,8 @@ class Draft:
 
     def sink(self, name: str) -> Sink:
         """Where the bytes of a tensor go."""
-        shard, tensor = self.tensors[name]
-        return Sink(self.files[shard], tensor.begin, self.locks[shard])
+        shard, begin = self.places[name]
+        return Sink(self.files[shard], begin, self.locks[shard])
 
     def finish(self, name: str, record: dict[str, Any]) -> None:
         """Enter a tensor whose bytes were all written, with what the report says of it."""
@@ -234,7 +235,7 @@ class Draft:
                     f"{', '.join(sorted(changed))}. Repeat that command, or start afresh without --resume."
                 )
             self.identity = found
-            self.done = {name: record for name, record in records.items() if name in self.tensors}
+            self.done = {name: record for name, record in records.items() if name in self.places}
         for leftover in self.folder.iterdir():
             if leftover.name != JOURNAL and not (resume and leftover.name in self.sizes):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -266,7 +267,7 @@ class Draft:
         count = len(self.pending)
         entries, self.pending[:count] = self.pending[:count], []
         if entries:
-            for name in {self.tensors[tensor][0] for tensor, _ in entries}:
+            for name in {self.places[tensor][0] for tensor, _ in entries}:
                 os.fsync(self.files[name])
             self._enter(entries)
 

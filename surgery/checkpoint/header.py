@@ -10,56 +10,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.tensor import BITS, Span, Tensor
 from surgery.errors import CheckpointError
 
 # The limit of the reference implementation.
 MAX_HEADER = 100_000_000
-
-FLOAT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
-INTEGER_BITS = {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}
-QUANTIZED_BITS = {
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F4": 4,
-}
-BITS = {**FLOAT_BITS, **INTEGER_BITS, **QUANTIZED_BITS, "C64": 64}
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One stored tensor: its type and shape, and the bytes [begin, end) of its file that hold it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    begin: int
-    end: int
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.begin
-
-    @property
-    def is_float(self) -> bool:
-        return self.dtype in FLOAT_BITS
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.dtype in QUANTIZED_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +58,18 @@ def read_header(path: Path) -> Header:
     return _check(path, _parse(path, raw), data_start=8 + length, size=size)
 
 
-def encode_header(tensors: list[Tensor], metadata: dict[str, str]) -> tuple[bytes, dict[str, Tensor]]:
+def encode_header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """Lay tensors out back to back, in the order given, behind a new header.
 
     Returns:
-        The bytes of the length field and the header, padded to 8 bytes as the format wants, and the tensors at their new
-        offsets (their `path` is left as it was).
+        The bytes of the length field and the header, padded to 8 bytes as the format wants, and for each tensor the byte of the
+        file that it begins at.
     """
     layout: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
+    begins = {}
     for tensor in tensors:
+        begins[tensor.name] = offset
         layout[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -117,11 +79,7 @@ def encode_header(tensors: list[Tensor], metadata: dict[str, str]) -> tuple[byte
     text = json.dumps(layout, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    placed = {}
-    for tensor in tensors:
-        begin, end = layout[tensor.name]["data_offsets"]
-        placed[tensor.name] = Tensor(tensor.name, tensor.dtype, tensor.shape, tensor.path, start + begin, start + end)
-    return len(text).to_bytes(8, "little") + text, placed
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
@@ -144,25 +102,26 @@ def _check(path: Path, header: dict[str, Any], *, data_start: int, size: int) ->
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise CheckpointError(f"{path}: the header's __metadata__ is not a map of strings.")
-    tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    spans = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    spans.sort(key=lambda span: span[1:])
     position = data_start
-    for tensor in tensors:
-        if tensor.end > size:
+    for tensor, begin, end in spans:
+        if end > size:
             raise CheckpointError(
-                f"{path}: truncated: tensor {tensor.name} should end at byte {tensor.end:,}, the file has {size:,}. "
+                f"{path}: truncated: tensor {tensor.name} should end at byte {end:,}, the file has {size:,}. "
                 "Download or save it again."
             )
-        if tensor.begin != position:
-            fault = "overlaps the tensor before it" if tensor.begin < position else "leaves a hole before it"
+        if begin != position:
+            fault = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
             raise CheckpointError(f"{path}: tensor {tensor.name} {fault}: the header is damaged. Save it again.")
-        position = tensor.end
+        position = end
     if position != size:
         raise CheckpointError(f"{path}: {size - position:,} bytes follow the last tensor: the header is damaged.")
-    return Header(path, {tensor.name: tensor for tensor in tensors}, metadata)
+    return Header(path, {tensor.name: tensor for tensor, _, _ in spans}, metadata)
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[Tensor, int, int]:
+    """The tensor, and the bytes [begin, end) of the file that hold it."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
@@ -180,7 +139,8 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
             f"{path}: the offsets of tensor {name} span {end - begin:,} bytes, which is not what {dtype} of shape {list(shape)} "
             "takes: the header is damaged. Save the checkpoint again."
         )
-    return Tensor(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
+    begin, end = data_start + begin, data_start + end
+    return Tensor(name, dtype, tuple(shape), Span(path, begin)), begin, end
 
 
 def _is_text(value: Any) -> bool:

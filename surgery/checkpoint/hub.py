@@ -1,7 +1,7 @@
 """What the user typed -> a local folder: a path as it stands, or a hub repository fetched into the hub's own cache.
 
 An existing path always wins, so `./ft@v1` and a folder named like a hub id are never looked up. Of a repository only
-the safetensors weights, config.json and, for the fine-tuned side, the small files a loader needs are fetched.
+one set of weights, config.json and, for the fine-tuned side, the small files a loader needs are fetched.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.checkpoint.companions import WEIGHTS, travels
+from surgery.checkpoint.companions import travels
+from surgery.checkpoint.formats import PYTORCH, SAFETENSORS, choose
 from surgery.errors import CheckpointError, HubError
 
 # huggingface_hub is slow to import, so only the functions that talk to the hub import it.
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CONFIG = "config.json"
 
 _REPO = re.compile(r"(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
@@ -42,35 +41,41 @@ class Source:
     folder: Path
     repo: str | None  # hub id, None for a local folder
     revision: str | None  # commit sha, None for a local folder
+    file: str | None = None  # the one file that was named, where it was not a folder
 
 
 def resolve(typed: str, *, companions: bool) -> Source:
     """Find the folder of a checkpoint, fetching it from the hub where `typed` is no local path.
 
     Args:
-        typed: a local folder, or a hub id `name` or `org/name` with an optional `@revision` (branch, tag or sha).
+        typed: a local folder or file, or a hub id `name` or `org/name` with an optional `@revision` (branch, tag or sha).
         companions: also fetch the small files beside the weights (tokenizer, generation config, remote code).
 
     Raises:
         CheckpointError: there is no such folder, it may not be read, or the repository's index is malformed.
         HubError: the repository cannot be fetched.
     """
-    folder = _local(typed)
-    if folder is not None:
-        return Source(typed, folder, None, None)
+    path = _local(typed)
+    if path is not None and path.is_file():
+        return Source(typed, path.parent, None, None, path.name)
+    if path is not None:
+        return Source(typed, path, None, None)
     repo, revision = _hub_id(typed)
     folder = _fetch(repo, revision, companions)
     return Source(typed, folder, repo, folder.name)  # the cache names a snapshot's folder after its commit
 
 
 def _local(typed: str) -> Path | None:
-    """Return the folder `typed` names, None where nothing exists by that name."""
+    """Return the folder or file `typed` names, None where nothing exists by that name."""
     if not typed:
         return None
     try:
         path = Path(typed).expanduser()
-        if not stat.S_ISDIR(path.stat().st_mode):
-            raise CheckpointError(f"{typed!r} is a file: give the folder that holds it, {str(path.parent)!r}.")
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path
+        if not stat.S_ISDIR(mode):
+            raise CheckpointError(f"{typed!r} is neither a folder nor a file: give the folder of a checkpoint.")
         next(path.iterdir(), None)  # needs the right to list
         with suppress(FileNotFoundError):
             (path / CONFIG).stat()  # needs the right to traverse
@@ -133,8 +138,8 @@ def _download(repo: str, revision: str | None, companions: bool) -> Path:
     sha = info.sha
     names = [sibling.rfilename for sibling in info.siblings or []]
 
-    def read_index() -> bytes:
-        return Path(hf_hub_download(repo, INDEX, revision=sha)).read_bytes()
+    def read_index(name: str) -> bytes:
+        return Path(hf_hub_download(repo, name, revision=sha)).read_bytes()
 
     wanted = _wanted(repo, names, companions, read_index)
     # The patterns are matched by fnmatch: a bracket in a file's name must stand for itself.
@@ -159,10 +164,10 @@ def _cached(repo: str, revision: str | None, companions: bool) -> Path | None:
         names = [file.path for file in get_cached_repo_tree(repo, revision=folder.name)]
     except CachedRepoTreeNotFoundError:  # fetched file by file, by another program
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = folder / INDEX
-    if (INDEX in names and not index.exists()) or not any(name.endswith(".safetensors") for name in names):
+    try:
+        wanted = _wanted(repo, names, companions, lambda name: (folder / name).read_bytes())
+    except (HubError, FileNotFoundError):  # its weights were never fetched
         return None
-    wanted = _wanted(repo, names, companions, index.read_bytes)
     return None if _missing(folder, wanted) else folder
 
 
@@ -170,61 +175,41 @@ def _missing(folder: Path, wanted: Collection[str]) -> list[str]:
     return [name for name in wanted if not (folder / name).is_file()]
 
 
-def _wanted(repo: str, names: Collection[str], companions: bool, read_index: Callable[[], bytes]) -> list[str]:
-    """Choose among a repository's files `names`: the weights, config.json and, where asked for, the companions."""
-    weights = _weights(repo, names, read_index)
-    if companions and CONFIG not in names:
+def _wanted(repo: str, names: Collection[str], companions: bool, read_index: Callable[[str], bytes]) -> list[str]:
+    """Choose among a repository's files `names`: the weights, config.json and, where asked for, the companions.
+
+    `read_index` is called only where there is an index.
+    """
+    choice = choose(names, f"the hub repository {repo!r}", HubError)
+    weights = list(choice.files)
+    if choice.index:
+        weights = [choice.index, *_shards(repo, choice.index, read_index(choice.index), names)]
+    if companions and CONFIG not in names and choice.format in (SAFETENSORS, PYTORCH):
         raise HubError(f"the hub repository {repo!r} has no {CONFIG}, so nothing could load the result: add it there.")
-    return [*weights, *(name for name in names if name == CONFIG or (companions and travels(name)))]
+    beside = (name for name in names if name == CONFIG or (companions and travels(name)))
+    return list(dict.fromkeys([*weights, *beside]))
 
 
-def _weights(repo: str, names: Collection[str], read_index: Callable[[], bytes]) -> list[str]:
-    """Choose one complete set of safetensors weights; `read_index` is called only where there is an index."""
-    if SINGLE in names:  # before an index, as in transformers
-        return [SINGLE]
-    if INDEX in names:
-        return [INDEX, *_shards(repo, read_index(), names)]
-    found = [name for name in names if name.endswith(".safetensors") and "/" not in name and not name.startswith(".")]
-    if found == ["adapter_model.safetensors"]:
-        raise HubError(
-            f"the hub repository {repo!r} holds an adapter, not a whole model: "
-            "merge it into its base model and give the merged folder."
-        )
-    if len(found) == 1:
-        return found
-    if found:
-        raise HubError(
-            f"the hub repository {repo!r} has {len(found)} safetensors files at its root and no {INDEX} that says "
-            "which belong together: download the ones you mean and give the folder."
-        )
-    other = sorted(name for name in names if name.lower().endswith(WEIGHTS) and not name.endswith(".safetensors"))
-    has = f"its weights are in another format ({other[0]})" if other else "nor any other weights"
-    raise HubError(
-        f"the hub repository {repo!r} has no safetensors weights at its root, {has}: "
-        "save it with save_pretrained of transformers, which writes safetensors, and give that folder."
-    )
-
-
-def _shards(repo: str, text: bytes, names: Collection[str]) -> list[str]:
+def _shards(repo: str, index: str, text: bytes, names: Collection[str]) -> list[str]:
     """Return the shards an index names, each once, refusing any that lies outside the repository."""
     try:
         shards = list(dict.fromkeys(json.loads(text)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{INDEX} of {repo!r} has no readable weight_map: ask its owner to upload it again."
+            f"{index} of {repo!r} has no readable weight_map: ask its owner to upload it again."
         ) from error
     for shard in shards:
         if not isinstance(shard, str) or shard in ("", ".", "..") or {"/", "\\", "\0"} & set(shard):
             raise CheckpointError(
-                f"{INDEX} of {repo!r} names {shard!r}, which is not a file beside it: refused, ask its owner."
+                f"{index} of {repo!r} names {shard!r}, which is not a file beside it: refused, ask its owner."
             )
         if shard not in names:
             raise CheckpointError(
-                f"{INDEX} of {repo!r} names the shard {shard!r}, which the repository does not have: "
+                f"{index} of {repo!r} names the shard {shard!r}, which the repository does not have: "
                 "ask its owner to complete the upload."
             )
     if not shards:
-        raise CheckpointError(f"{INDEX} of {repo!r} names no shard: ask its owner to complete the upload.")
+        raise CheckpointError(f"{index} of {repo!r} names no shard: ask its owner to complete the upload.")
     return shards
 
 

@@ -5,11 +5,12 @@ Everything that can be refused about a pair is refused here, from headers alone,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from surgery.checkpoint.header import Tensor
 from surgery.checkpoint.source import Checkpoint
+from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, PairError
 from surgery.layout import Place, place
 
@@ -19,7 +20,10 @@ CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A tensor of ft, its place in the model, and its base in pre (None where only ft has it)."""
+    """A tensor of ft, its place in the model, and its base in pre (None where only ft has it).
+
+    Of a vocabulary that is larger on one side the base is the rows that both have: pre's shape may be smaller than ft's.
+    """
 
     ft: Tensor
     pre: Tensor | None
@@ -33,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both checkpoints, ft's tensors in the order of its shards, and what the user should know about the pairing."""
+    """Both checkpoints, ft's tensors in the order of its files, and what the user should know about the pairing."""
 
     pre: Checkpoint
     ft: Checkpoint
@@ -41,15 +45,19 @@ class Pair:
     notes: list[str]
 
 
-def pair(pre: Checkpoint, ft: Checkpoint) -> Pair:
+def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     """Pair every tensor of ft with its base.
 
     A model saved with and without its head differs by a prefix ("h.0.…" and "transformer.h.0.…"), which is bridged. A head
-    that only ft stores is paired with pre's token embedding when pre has no head at all, since pre's is tied to it.
+    that only ft stores is paired with pre's token embedding when pre has no head at all, since pre's is tied to it. Of an
+    embedding or a head with more rows on one side, the rows that both have are paired.
+
+    Args:
+        strict: refuse what is otherwise noted: rows or tensors on one side only.
 
     Raises:
         CheckpointError: quantized weights.
-        PairError: shapes or kinds of numbers differ, ft lacks a weight that pre has, or nothing is shared.
+        PairError: shapes or kinds of numbers differ, projections are fused on one side, ft is incomplete, or nothing is shared.
     """
     for checkpoint in (pre, ft):
         for tensor in checkpoint.tensors.values():
@@ -63,23 +71,29 @@ def pair(pre: Checkpoint, ft: Checkpoint) -> Pair:
             "they are not the same model."
         )
     notes += _tie_head(pre, ft, base)
+    pre_only = _without(pre.tensors, {tensor.name for tensor in base.values()})
+    ft_only = _without(ft.tensors, base.keys())
+    _refuse_fused(pre, ft, pre_only, ft_only)
+    _refuse_incomplete(pre, ft, pre_only, base)
+    uneven = _one_sided(pre_only, ft_only)
     for name, tensor in ft.tensors.items():
         if name in base:
-            _refuse_mismatch(base[name], tensor)
-    used = {tensor.name for tensor in base.values()}
-    notes += _one_sided(
-        pre, ft, [name for name in pre.tensors if name not in used], [n for n in ft.tensors if n not in base]
-    )
-    items = [
-        Item(tensor, base.get(name), place(name))
-        for header in ft.shards.values()
-        for name, tensor in header.tensors.items()
-        if ft.tensors[name] is tensor
-    ]
+            base[name], note = _shared_rows(base[name], tensor)
+            uneven += note
+    if strict and uneven:
+        raise PairError(
+            f"{uneven[0][:-1]}, and --strict allows no such difference between {pre.folder} and {ft.folder}."
+        )
+    notes += uneven
+    items = [Item(tensor, base.get(name), place(name)) for name, tensor in ft.tensors.items()]
     unknown = [item.ft.name for item in items if item.place.category == "other" and not item.place.buffer]
     if unknown:
         notes.append(f"{_some(unknown, 'has a name', 'have names')} that surgery does not know: kept as in ft.")
     return Pair(pre, ft, items, notes)
+
+
+def _without(tensors: Mapping[str, Tensor], taken: Collection[str]) -> list[str]:
+    return [name for name in tensors if name not in taken]
 
 
 def _refuse_quantized(tensor: Tensor) -> None:
@@ -137,26 +151,79 @@ def _tie_head(pre: Checkpoint, ft: Checkpoint, base: dict[str, Tensor]) -> list[
     return notes
 
 
-def _refuse_mismatch(pre: Tensor, ft: Tensor) -> None:
-    if pre.shape != ft.shape:
-        raise PairError(
-            f"{ft.name} has shape {list(ft.shape)} in {ft.path} and {list(pre.shape)} in {pre.path}. The two must be the same "
-            "model: check --pre."
-        )
+def _shared_rows(pre: Tensor, ft: Tensor) -> tuple[Tensor, list[str]]:
+    """The part of pre that ft has too, and a note where the one is larger than the other."""
     if pre.is_float != ft.is_float:
         raise PairError(
             f"{ft.name} is {ft.dtype} in {ft.path} and {pre.dtype} in {pre.path}: one side holds no floating-point numbers."
         )
+    if pre.shape == ft.shape:
+        return pre, []
+    vocabulary = place(ft.name).category in ("embedding", "head") and ft.is_float
+    if not (vocabulary and ft.shape and pre.shape and ft.shape[1:] == pre.shape[1:] and pre.shape[0] and ft.shape[0]):
+        raise PairError(
+            f"{ft.name} has shape {list(ft.shape)} in {ft.path} and {list(pre.shape)} in {pre.path}. The two must be the same "
+            "model: check --pre."
+        )
+    shared, more = min(pre.shape[0], ft.shape[0]), ft.shape[0] - pre.shape[0]
+    fate = f"{more:,} more in ft: kept as they are" if more > 0 else f"{-more:,} more in pre: left out, as in ft"
+    return pre.rows(0, shared), [f"{ft.name} has {shared:,} rows on both sides and {fate}."]
 
 
-def _one_sided(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], ft_only: list[str]) -> list[str]:
+def _refuse_fused(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], ft_only: list[str]) -> None:
+    """Refuse a layer whose weights have other names on the two sides: qkv_proj against q_proj, k_proj and v_proj."""
+    for name in ft_only:
+        where = place(name)
+        if (
+            where.layer is None
+            or where.category not in ("attention", "feed_forward")
+            or len(ft.tensors[name].shape) < 2
+        ):
+            continue
+        # The prefix of the stack may differ: the layer and the category tell.
+        others = [
+            other
+            for other in pre_only
+            if (place(other).layer, place(other).category) == (where.layer, where.category)
+            and len(pre.tensors[other].shape) >= 2
+        ]
+        if others:
+            raise PairError(
+                f"{ft.folder} has {name} where {pre.folder} has {', '.join(others[:3])}: fused against split projections, or "
+                "another model. Save both with the same version of transformers."
+            )
+
+
+def _refuse_incomplete(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], base: Mapping[str, Tensor]) -> None:
+    """Refuse an ft that lacks some of the weights that it has elsewhere: a part of it was lost.
+
+    A model that was made smaller as a whole, by fewer layers or without any of its biases, is complete.
+    """
+    kept = {tensor.name for tensor in base.values()}
+    kinds = {(where.stack, _kind(name)) for name in kept if (where := place(name)).layer is not None}
+    last: dict[str, int] = {}
+    for name in kept:
+        where = place(name)
+        if where.layer is not None:
+            last[where.stack] = max(last.get(where.stack, 0), where.layer)
     for name in pre_only:
         where = place(name)
-        if not where.buffer and (where.layer is not None or where.category == "embedding"):
+        lost = where.category == "embedding" and where.layer is None
+        if where.layer is not None:
+            lost = (where.stack, _kind(name)) in kinds and where.layer <= last[where.stack]
+        if lost and not where.buffer:
             raise PairError(
                 f"{name} is in {pre.tensors[name].path} but missing from {ft.folder}: ft is incomplete or another model. Save "
                 "it again in full."
             )
+
+
+def _kind(name: str) -> str:
+    """The name without its numbers: what it has in common with its like in other layers."""
+    return re.sub(r"[0-9]+", "#", name)
+
+
+def _one_sided(pre_only: list[str], ft_only: list[str]) -> list[str]:
     notes = []
     if ft_only:
         notes.append(f"{_some(ft_only, 'is', 'are')} in ft alone: copied.")

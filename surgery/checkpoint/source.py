@@ -1,127 +1,150 @@
-"""A checkpoint in a folder: which file holds which tensor, and what the folder says about the model."""
+"""A checkpoint in a folder: its tensors, in whatever format they lie, and how its files are cut."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.header import Header, Tensor, read_header
+from surgery.checkpoint.container import Container, Shard
+from surgery.checkpoint.formats import ADAPTER, BY_ENDING, GGUF, META, PYTORCH, SAFETENSORS, Choice, choose
+from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.hub import Source, resolve
-from surgery.errors import CheckpointError
+from surgery.checkpoint.tensor import Tensor
+from surgery.errors import CheckpointError, PairError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-OTHER_FORMATS = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
+# These lack config.json and tokenizer, or most of it: the output's come from pre.
+BORROWING = (ADAPTER, GGUF, META)
+# These are read with the other side at hand: an adapter is added to its base, a GGUF file takes over the names.
+DEPENDENT = (ADAPTER, GGUF)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Headers of a model on disk; no weights.
+    """A model on disk; no weights in memory.
 
     Attributes:
-        shards: the file name of each shard and its header, in the order of the names.
-        tensors: every tensor, by name. Where an index exists, it decides which shard holds a tensor.
-        index: the index's "metadata", None for a model in a single file.
+        format: one of the names in `surgery.checkpoint.formats`.
+        tensors: every tensor, by name, in the order of the files. Where an index exists, it decides which shard holds one.
+        files: the files that the weights are read from, by name.
+        container: how the safetensors files are cut; None for another format.
     """
 
     source: Source
-    shards: dict[str, Header]
+    format: str
     tensors: dict[str, Tensor]
-    index: dict[str, Any] | None
+    files: dict[str, Path]
+    container: Container | None
 
     @property
     def folder(self) -> Path:
         return self.source.folder
 
 
-def open_checkpoint(typed: str, *, needs_config: bool = False) -> Checkpoint:
-    """Find a checkpoint and read its headers.
+def open_both(pre: str, *tuned: str) -> tuple[Checkpoint, list[Checkpoint]]:
+    """Open a pre-trained model and the models that were fine-tuned from it, reading headers only.
 
     Args:
-        typed: a folder, or a hub id with an optional `@revision`.
-        needs_config: refuse a folder without config.json, and fetch tokenizer and other companions too: the output's are
-            taken from here.
+        pre, tuned: folders, files, or hub ids with an optional `@revision`.
 
     Raises:
-        CheckpointError: missing, damaged, or not a safetensors checkpoint.
-        HubError: the repository cannot be fetched.
+        CheckpointError, HubError: as `open_checkpoint`.
+        PairError: two that need each other's names.
     """
-    source = resolve(typed, companions=needs_config)
-    folder = source.folder
-    weight_map, index = _weight_map(folder)
-    shards = {name: read_header(folder / name) for name in sorted(set(weight_map.values()) or {_single(folder)})}
-    tensors = _assign(folder, shards, weight_map)
+    sources = [resolve(typed, companions=True) for typed in tuned]
+    choices = [weights_of(source) for source in sources]
+    base = resolve(pre, companions=any(choice.format in BORROWING for choice in choices))
+    base_format = weights_of(base).format
+    if base_format == ADAPTER:
+        raise CheckpointError(
+            f"{base.folder}: is an adapter, so it cannot be --pre. Give the model that it was made for."
+        )
+    if base_format == GGUF:
+        if choices[0].format in DEPENDENT:
+            raise PairError(
+                f"{base.folder} and {sources[0].folder} both need the tensor names of the other side. Give one of them in the "
+                "Hugging Face format."
+            )
+        first = open_checkpoint(sources[0])
+        opened = open_checkpoint(base, other=first)
+        return opened, [first, *(open_checkpoint(source, other=opened) for source in sources[1:])]
+    opened = open_checkpoint(base)
+    return opened, [open_checkpoint(source, other=opened) for source in sources]
+
+
+def weights_of(source: Source) -> Choice:
+    """Which files of a folder hold its weights.
+
+    Raises:
+        CheckpointError: there are none, or it is not clear which.
+    """
+    if source.file:
+        ending = Path(source.file).suffix
+        if ending not in BY_ENDING:
+            raise CheckpointError(f"{source.folder / source.file}: is no checkpoint. Give the folder that holds one.")
+        return Choice(BY_ENDING[ending], (source.file,))
+    return choose(list(_names(source.folder)), f"{source.folder}:", CheckpointError)
+
+
+def open_checkpoint(source: Source, *, other: Checkpoint | None = None) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    Args:
+        source: its folder.
+        other: the other side of the pair, for an adapter or a GGUF file.
+
+    Raises:
+        CheckpointError: missing, damaged, or in a format that surgery does not read.
+    """
+    folder, choice = source.folder, weights_of(source)
+    container = None
+    if choice.format in (SAFETENSORS, PYTORCH):
+        weight_map, metadata = _read_index(folder, choice) if choice.index else ({}, None)
+        files = {name: folder / name for name in sorted(set(weight_map.values()) or set(choice.files))}
+        if choice.format == SAFETENSORS:
+            headers = {name: read_header(path) for name, path in files.items()}
+            tensors = _assign(folder, choice, {name: header.tensors for name, header in headers.items()}, weight_map)
+            container = _container(headers, tensors, metadata)
+        else:
+            from surgery.checkpoint.formats import pytorch
+
+            shards = {name: pytorch.read(path) for name, path in files.items()}
+            tensors = _assign(folder, choice, shards, weight_map)
+    else:
+        files = {name: folder / name for name in choice.files}
+        if choice.format == META:
+            from surgery.checkpoint.formats import meta
+
+            tensors = meta.read(*files.values())
+        elif other is None:
+            raise CheckpointError(f"{folder}: can only be read beside the model that it was made from.")
+        elif choice.format == ADAPTER:
+            from surgery.checkpoint.formats import adapter
+
+            tensors = adapter.read(*files.values(), other.tensors)
+            files |= {f"base/{name}": path for name, path in other.files.items()}
+            container = other.container if other.tensors.keys() == tensors.keys() else None
+        else:
+            from surgery.checkpoint.formats import gguf
+
+            tensors = gguf.read(*files.values(), other.tensors)
     if not tensors:
         raise CheckpointError(f"{folder}: the checkpoint holds no tensor.")
-    if (folder / "config.json").exists():
-        _read_json(folder / "config.json")
-    elif needs_config:
-        raise CheckpointError(f"{folder}: config.json is missing, so nothing could load the result. Copy it there.")
-    return Checkpoint(source, shards, tensors, index)
+    return Checkpoint(source, choice.format, tensors, files, container)
 
 
-def _weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
-    # As in transformers, a single file stands before an index.
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return {}, None
-    path = folder / INDEX
-    index = _read_json(path)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: has no weight_map. Save the checkpoint again.")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or any(mark in shard for mark in ("/", "\\", "\0")):
-            raise CheckpointError(
-                f"{path}: puts tensor {name} in {shard!r}, which is not a file of this folder; refused. Correct the index."
-            )
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: puts tensor {name} in {shard}, which is no safetensors file. Correct the index."
-            )
-        if not (folder / shard).exists():
-            raise CheckpointError(f"{path}: names the shard {shard}, which is missing. Download it again.")
-    metadata = index.get("metadata")
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
 
-
-def _single(folder: Path) -> str:
-    if (folder / WEIGHTS).exists():
-        return WEIGHTS
-    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise CheckpointError(
-            f"{folder}: has {len(found)} safetensors files but no {INDEX} to say how they belong together."
-        )
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: is an adapter, not a whole checkpoint. Merge it into its base model first.")
-    other = next((path.name for pattern in OTHER_FORMATS for path in sorted(folder.glob(pattern))), None)
-    if other:
-        raise CheckpointError(f"{folder}: has {other} but no safetensors file. Save the model as safetensors first.")
-    raise CheckpointError(f"{folder}: not a checkpoint: it has neither {WEIGHTS} nor {INDEX}.")
-
-
-def _assign(folder: Path, shards: dict[str, Header], weight_map: dict[str, str]) -> dict[str, Tensor]:
-    for name, shard in weight_map.items():
-        if name not in shards[shard].tensors:
-            raise CheckpointError(f"{folder / INDEX}: says that {shard} holds tensor {name}, which it does not.")
-    tensors: dict[str, Tensor] = {}
-    for shard, header in shards.items():
-        for name, tensor in header.tensors.items():
-            if weight_map.get(name, shard) != shard:
-                continue
-            if name in tensors:
-                raise CheckpointError(f"{folder}: tensor {name} is in two shards and the index names neither.")
-            tensors[name] = tensor
-    return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file. Download or save the checkpoint again.") from None
     except PermissionError:
         raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.") from None
     except OSError as error:
@@ -131,3 +154,61 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: should hold a JSON object.")
     return value
+
+
+def _names(folder: Path) -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.name == "original" and path.is_dir():
+            yield from (f"original/{inner.name}" for inner in path.iterdir())
+        else:
+            yield path.name
+
+
+def _read_index(folder: Path, choice: Choice) -> tuple[dict[str, str], dict[str, Any]]:
+    path = folder / str(choice.index)
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map. Save the checkpoint again.")
+    ending = ".safetensors" if choice.format == SAFETENSORS else ".bin"
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or any(mark in shard for mark in ("/", "\\", "\0")):
+            raise CheckpointError(
+                f"{path}: puts tensor {name} in {shard!r}, which is not a file of this folder; refused. Correct the index."
+            )
+        if not shard.endswith(ending):
+            raise CheckpointError(
+                f"{path}: puts tensor {name} in {shard}, which is no {ending[1:]} file. Correct the index."
+            )
+        if not (folder / shard).exists():
+            raise CheckpointError(f"{path}: names the shard {shard}, which is missing. Download it again.")
+    metadata = index.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _assign(
+    folder: Path, choice: Choice, shards: dict[str, dict[str, Tensor]], weight_map: dict[str, str]
+) -> dict[str, Tensor]:
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"{folder / str(choice.index)}: says that {shard} holds tensor {name}, which it does not."
+            )
+    tensors: dict[str, Tensor] = {}
+    for shard, held in shards.items():
+        for name, tensor in held.items():
+            if weight_map.get(name, shard) != shard:
+                continue
+            if name in tensors:
+                raise CheckpointError(f"{folder}: tensor {name} is in two shards and the index names neither.")
+            tensors[name] = tensor
+    return tensors
+
+
+def _container(headers: dict[str, Header], tensors: dict[str, Tensor], index: dict[str, Any] | None) -> Container:
+    shards = {}
+    for file, header in headers.items():
+        names = tuple(name for name, tensor in header.tensors.items() if tensors.get(name) is tensor)
+        if names:
+            shards[file] = Shard(names, header.metadata)
+    return Container(shards, index)

@@ -32,6 +32,12 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Leave out tensors whose name this regular expression matches. Repeatable.")
 ]
+Group = Annotated[
+    str,
+    typer.Option(
+        help="What has a threshold of its own: [b]tensor[/b], or [b]expert[/b], each one of a stacked [E, …] tensor."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -46,6 +52,7 @@ def _fapm(
     rest: Rest = "ft",
     include: Include = None,
     exclude: Exclude = None,
+    group: Group = "tensor",
 ) -> "Method":
     """Prune the task vector by FAPM's score: how far a weight moved, less how far it moved for its size.
 
@@ -54,7 +61,7 @@ def _fapm(
     """
     from surgery.methods.fapm import Fapm
 
-    return Fapm(sparsity, _scope(scope, rest, include, exclude))
+    return Fapm(sparsity, _scope(scope, rest, include, exclude), group)
 
 
 def _magnitude(
@@ -63,6 +70,7 @@ def _magnitude(
     rest: Rest = "ft",
     include: Include = None,
     exclude: Exclude = None,
+    group: Group = "tensor",
 ) -> "Method":
     """Prune the task vector by magnitude: the weights that moved least go back to pre.
 
@@ -70,7 +78,7 @@ def _magnitude(
     """
     from surgery.methods.magnitude import Magnitude
 
-    return Magnitude(sparsity, _scope(scope, rest, include, exclude))
+    return Magnitude(sparsity, _scope(scope, rest, include, exclude), group)
 
 
 def _half_reset(
@@ -131,10 +139,10 @@ def _edit(
     pre: Annotated[
         str,
         typer.Option(
-            help="The pre-trained model: a folder, or a hub id with an optional @revision.", show_default=False
+            help="The pre-trained model: a folder, a file, or a hub id with an optional @revision.", show_default=False
         ),
     ],
-    ft: Annotated[str, typer.Option(help="The fine-tuned model, likewise.", show_default=False)],
+    ft: Annotated[str, typer.Option(help="The fine-tuned model or LoRA adapter, likewise.", show_default=False)],
     out: Annotated[
         Path | None, typer.Option(help="Output folder.", show_default="beside ft, named after the method")
     ] = None,
@@ -145,6 +153,12 @@ def _edit(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf of edited tensors pass.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse tensors or vocabulary rows that only one side has.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest file of the output.", show_default="as ft is cut, else 5GB")
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -157,7 +171,7 @@ def _edit(
     from surgery.edit import check_machine, prepare, run
 
     check_machine(device, workers)
-    job = prepare(pre, ft, method, out=out, force=force)
+    job = prepare(pre, ft, method, out=out, force=force, strict=strict, max_shard_size=max_shard_size)
     if dry_run:
         display.show_plan(job, as_json=as_json)
         return

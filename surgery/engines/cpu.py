@@ -8,14 +8,14 @@ page cache, so that the peak depends on neither the model nor its largest tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from surgery import kernels
 from surgery.actions import Blend, Keep, Prune, Reset
-from surgery.checkpoint.header import Tensor
+from surgery.checkpoint.tensor import Reader, Tensor
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.errors import CheckpointError
@@ -35,6 +35,17 @@ class Sink(Protocol):
 
     def write(self, offset: int, data: Any) -> None:
         """Put bytes at an offset from the tensor's first byte."""
+
+
+class Shifted:
+    """A part of a sink, from a byte on."""
+
+    def __init__(self, sink: Sink, begin: int) -> None:
+        self.sink, self.begin = sink, begin
+
+    def write(self, offset: int, data: Any) -> None:
+        """Put bytes at an offset from the part's first byte."""
+        self.sink.write(self.begin + offset, data)
 
 
 class CpuEngine:
@@ -58,28 +69,42 @@ class CpuEngine:
         Raises:
             CheckpointError: a file ends early, or an edited tensor holds NaN or Inf.
         """
-        with np.errstate(all="ignore"), open(step.ft.path, "rb", buffering=0) as ft:  # noqa: PTH123
+        with np.errstate(all="ignore"), step.shared.open() as ft:
             if step.pre is None or not step.ft.is_float:
-                finite = self._copy(step.ft, ft, sink)
+                finite = self._copy(ft, sink)
                 return Result(nonfinite=not finite and not step.place.buffer)
-            with open(step.pre.path, "rb", buffering=0) as pre:  # noqa: PTH123
-                sides = _Sides(step.pre, step.ft, pre, ft)
+            with step.pre.open() as pre:
+                sides = _Sides(step.pre, step.shared, pre, ft)
                 match step.action:
                     case Prune() as action:
-                        result = self._prune(action, sides, sink)
+                        result = self._prune_groups(action, sides, sink)
                     case Blend() as action:
                         result = self._blend(action, sides, sink)
                     case Keep() | Reset() as action:
                         result = self._take(action, sides, sink)
-        return checked(step, result, allow_nonfinite=self.allow_nonfinite)
+            result = checked(step, result, allow_nonfinite=self.allow_nonfinite)
+        return self.add(step, result, sink)
 
-    def _copy(self, tensor: Tensor, file: BinaryIO, sink: Sink) -> bool:
+    def add(self, step: Step, result: Result, sink: Sink) -> Result:
+        """Copy the rows that only ft has, behind the others."""
+        if step.added is None:
+            return result
+        with step.added.open() as reader:
+            finite = self._copy(reader, Shifted(sink, step.added.start - step.ft.start))
+        entries = step.added.entries
+        return replace(
+            result,
+            kept=None if result.kept is None else result.kept + entries,
+            differ=None if result.differ is None else result.differ + entries,
+            nonfinite=result.nonfinite or not finite,
+        )
+
+    def _copy(self, reader: Reader, sink: Sink) -> bool:
         """Copy a tensor that has no base; return whether all its numbers are finite."""
-        total = 0.0
-        file.seek(tensor.begin)
+        tensor, total = reader.tensor, 0.0
         for start in range(0, tensor.nbytes, COPY_BYTES):
             view = memoryview(self.copying)[: min(COPY_BYTES, tensor.nbytes - start)]
-            self.tick(fill(file, view, tensor))
+            self.tick(reader.fill(start, view))
             if tensor.is_float:
                 total += kernels.abs_sum(tensor.dtype, np.frombuffer(view, RAW[tensor.dtype]))
             sink.write(start, view)
@@ -105,6 +130,16 @@ class CpuEngine:
             sums.add(before, after.delta2, after.differ)
             sink.write(start * out.itemsize, memoryview(out))
         return sums.result(None, None)
+
+    def _prune_groups(self, action: Prune, sides: _Sides, sink: Sink) -> Result:
+        if action.groups == 1:
+            return self._prune(action, sides, sink)
+        rows = sides.ft.shape[0] // action.groups
+        total = Result(0, 0, 0, 0.0, 0.0, 0.0)
+        for first in range(0, sides.ft.shape[0], rows):
+            group = sides.rows(first, first + rows)
+            total += self._prune(action, group, Shifted(sink, group.ft.start - sides.ft.start))
+        return total
 
     def _prune(self, action: Prune, sides: _Sides, sink: Sink) -> Result:
         pre, ft, n = sides.pre, sides.ft, sides.ft.entries
@@ -147,11 +182,10 @@ class CpuEngine:
     def _mean(self, sides: _Sides) -> np.float32:
         """mean |W_pre|: summed in float64, then float32."""
         pre, total, itemsize = sides.pre, 0.0, RAW[sides.pre.dtype].itemsize
-        sides.pre_file.seek(pre.begin)
         for start in range(0, pre.entries, CHUNK):
             count = min(CHUNK, pre.entries - start)
             view = memoryview(self.raw_pre)[: count * itemsize]
-            self.tick(fill(sides.pre_file, view, pre))
+            self.tick(sides.read_pre.fill(start * itemsize, view))
             total += kernels.abs_sum(pre.dtype, np.frombuffer(view, RAW[pre.dtype]))
         return np.float32(total / pre.entries)
 
@@ -168,12 +202,11 @@ class CpuEngine:
             starts, length = ((np.arange(runs) + shift) * (stretch - RUN / n * stretch)).astype(np.int64), RUN
             starts = np.minimum(starts, n - RUN)
         raw = []
-        for tensor, file in ((pre, sides.pre_file), (ft, sides.ft_file)):
+        for tensor, reader in ((pre, sides.read_pre), (ft, sides.read_ft)):
             sampled = np.empty(len(starts) * length, RAW[tensor.dtype])
             for position, start in enumerate(starts):
-                file.seek(tensor.begin + int(start) * sampled.itemsize)
                 part = sampled[position * length : (position + 1) * length]
-                fill(file, memoryview(part.view(np.uint8)), tensor)
+                reader.fill(int(start) * sampled.itemsize, memoryview(part.view(np.uint8)))
             raw.append(sampled)
         delta, weight = kernels.task_vector(pre.dtype, raw[0], ft.dtype, raw[1])
         scores: Floats = action.score(delta, weight, mean)
@@ -191,9 +224,10 @@ class CpuEngine:
             count = min(CHUNK, ft.entries - start)
             base = memoryview(self.raw_pre)[: count * pre_type.itemsize]
             tuned = memoryview(self.raw_ft)[: count * ft_type.itemsize]
-            sides.pre_file.seek(pre.begin + start * pre_type.itemsize)
-            sides.ft_file.seek(ft.begin + start * ft_type.itemsize)
-            self.tick(fill(sides.pre_file, base, pre) + fill(sides.ft_file, tuned, ft))
+            self.tick(
+                sides.read_pre.fill(start * pre_type.itemsize, base)
+                + sides.read_ft.fill(start * ft_type.itemsize, tuned)
+            )
             yield start, np.frombuffer(base, pre_type), np.frombuffer(tuned, ft_type)
 
     def _out(self, tuned: Array) -> Array:
@@ -210,26 +244,6 @@ class CpuEngine:
                 "--allow-nonfinite."
             )
         return cast
-
-
-def fill(file: BinaryIO, view: memoryview, tensor: Tensor) -> int:
-    """Read as many bytes as the view holds; return that number.
-
-    Raises:
-        CheckpointError: the file ends before, or cannot be read.
-    """
-    done = 0
-    while done < len(view):
-        try:
-            got = file.readinto(view[done:])  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"{tensor.path}: cannot be read ({error.strerror}).") from error
-        if not got:
-            raise CheckpointError(
-                f"{tensor.path}: ends in the middle of tensor {tensor.name}: it changed while it was read."
-            )
-        done += got
-    return done
 
 
 def checked(step: Step, result: Result, *, allow_nonfinite: bool) -> Result:
@@ -250,12 +264,17 @@ def checked(step: Step, result: Result, *, allow_nonfinite: bool) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """A tensor of pre and its like of ft, with the files that hold them."""
+    """A tensor of pre and its like of ft, open."""
 
     pre: Tensor
     ft: Tensor
-    pre_file: BinaryIO
-    ft_file: BinaryIO
+    read_pre: Reader
+    read_ft: Reader
+
+    def rows(self, first: int, last: int) -> _Sides:
+        """The same of a slice [first, last) of the outermost dimension."""
+        pre, ft = self.read_pre.rows(first, last), self.read_ft.rows(first, last)
+        return _Sides(pre.tensor, ft.tensor, pre, ft)
 
 
 class _Sums:

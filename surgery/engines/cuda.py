@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from surgery.actions import Blend, Prune
-from surgery.checkpoint.header import Tensor
-from surgery.engines.cpu import CpuEngine, Sink, checked, fill
+from surgery.checkpoint.tensor import Tensor
+from surgery.engines.cpu import CpuEngine, Sink, checked
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.errors import CheckpointError, OptionError
@@ -72,10 +72,11 @@ class CudaEngine:
         if step.pre is None or not isinstance(step.action, (Prune, Blend)):
             return self.cpu.run(step, sink)
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-            pre, ft = self._load(step.pre), self._load(step.ft)
+            pre, ft = self._load(step.pre), self._load(step.shared)
             kept = None
             if isinstance(step.action, Prune):
-                keep = keep_mask(pre, ft, step.action.score, step.action.sparsity)
+                parts = zip(pre.chunk(step.action.groups), ft.chunk(step.action.groups), strict=True)
+                keep = torch.cat([keep_mask(*part, step.action.score, step.action.sparsity) for part in parts])
                 kept = int(keep.sum())
                 out = torch.where(keep, ft, pre.to(ft.dtype))
             else:
@@ -95,16 +96,15 @@ class CudaEngine:
                     "it with --allow-nonfinite."
                 )
             self._store(out, sink)
-        return result
+        return self.cpu.add(step, result, sink)
 
     def _load(self, tensor: Tensor) -> torch.Tensor:
         """The tensor on the device, flat."""
         loaded = torch.empty(tensor.nbytes, dtype=torch.uint8, device=self.device)
-        with tensor.path.open("rb", buffering=0) as file:
-            file.seek(tensor.begin)
+        with tensor.open() as reader:
             for turn, start in enumerate(range(0, tensor.nbytes, STAGING_BYTES)):
                 part = self._free(turn)[: min(STAGING_BYTES, tensor.nbytes - start)]
-                self.tick(fill(file, memoryview(part.numpy()).cast("B"), tensor))
+                self.tick(reader.fill(start, memoryview(part.numpy()).cast("B")))
                 loaded[start : start + len(part)].copy_(part, non_blocking=True)
                 self._used(turn)
         return loaded.view(DTYPES[tensor.dtype])

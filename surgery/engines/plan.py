@@ -5,16 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.actions import Action
-from surgery.checkpoint.header import Tensor
+from surgery.checkpoint.tensor import Tensor
 from surgery.layout import Place
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A tensor to write. `shard` is the file of the output that holds it; pre is None where only ft has the tensor."""
+    """A tensor to write; pre is None where only ft has the tensor.
+
+    Where fine-tuning added rows to the vocabulary, pre has fewer rows than ft: those are edited, the others are ft's.
+    `others` are the like tensors of further fine-tuned models, for a merge.
+    """
 
     ft: Tensor
     pre: Tensor | None
     place: Place
     action: Action
-    shard: str
+    others: tuple[Tensor, ...] = ()
+
+    @property
+    def shared(self) -> Tensor:
+        """The part of ft that pre has too."""
+        return self.ft if self.pre is None or self.pre.shape == self.ft.shape else self.ft.rows(0, self.pre.shape[0])
+
+    @property
+    def added(self) -> Tensor | None:
+        """The rows that only ft has, if there are any."""
+        if self.pre is None or self.pre.shape == self.ft.shape:
+            return None
+        return self.ft.rows(self.pre.shape[0], self.ft.shape[0])

@@ -21,3 +21,11 @@ class Result:
     after2: float | None = None
     weight2: float | None = None
     nonfinite: bool = False
+
+    def __add__(self, other: Result) -> Result:
+        """The result of two groups of one tensor, all of whose numbers are known."""
+        added = {
+            name: (getattr(self, name) or 0) + (getattr(other, name) or 0)
+            for name in ("kept", "pruned", "differ", "before2", "after2", "weight2")
+        }
+        return Result(**added, nonfinite=self.nonfinite or other.nonfinite)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from surgery.actions import Action, Prune
 from surgery.checkpoint.pair import Item
-from surgery.methods.scope import Scope, number, plan_pruning, share
+from surgery.methods.scope import GROUPS, Scope, number, one_of, plan_pruning, share
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,26 @@ class Fapm:
     Args:
         sparsity: the share of each tensor's entries that goes back to pre, in [0, 1]. The paper's is 0.9.
         scope: which tensors are pruned, and what becomes of the others.
+        group: "tensor", or "expert": each expert of a stacked [E, …] tensor has a threshold of its own.
     """
 
     name: ClassVar[str] = "fapm"
     about: ClassVar[str] = "FAPM, S = |Δ| − mean(|W_pre|) · |Δ| / |W_pre|"
     sparsity: float = 0.9
     scope: Scope = field(default_factory=Scope)
+    group: str = "tensor"
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)
+        one_of("group", self.group, GROUPS)
 
     def label(self) -> str:
         return f"fapm-{number(self.sparsity)}"
 
     def plan(self, items: Sequence[Item]) -> list[Action]:
-        return plan_pruning(items, self.scope, Prune(score, self.sparsity, uses_mean=True, kernel=self.name))
+        return plan_pruning(
+            items, self.scope, Prune(score, self.sparsity, uses_mean=True, kernel=self.name), self.group
+        )
 
 
 def score(delta: Any, weight: Any, mean: Any) -> Any:

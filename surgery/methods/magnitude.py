@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from surgery.actions import Action, Prune
 from surgery.checkpoint.pair import Item
-from surgery.methods.scope import Scope, number, plan_pruning, share
+from surgery.methods.scope import GROUPS, Scope, number, one_of, plan_pruning, share
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,24 @@ class Magnitude:
     Args:
         sparsity: the share of each tensor's entries that goes back to pre, in [0, 1].
         scope: which tensors are pruned, and what becomes of the others.
+        group: "tensor", or "expert": each expert of a stacked [E, …] tensor has a threshold of its own.
     """
 
     name: ClassVar[str] = "magnitude"
     about: ClassVar[str] = "magnitude pruning of the task vector, S = |Δ|"
     sparsity: float = 0.9
     scope: Scope = field(default_factory=Scope)
+    group: str = "tensor"
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)
+        one_of("group", self.group, GROUPS)
 
     def label(self) -> str:
         return f"magnitude-{number(self.sparsity)}"
 
     def plan(self, items: Sequence[Item]) -> list[Action]:
-        return plan_pruning(items, self.scope, Prune(score, self.sparsity, kernel=self.name))
+        return plan_pruning(items, self.scope, Prune(score, self.sparsity, kernel=self.name), self.group)
 
 
 def score(delta: Any, weight: Any, mean: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.actions import Action, Keep, Prune, Reset
 from surgery.checkpoint.pair import Item
@@ -15,6 +15,7 @@ SCOPES = {
     "all": ("attention", "feed_forward", "embedding", "head"),
     "linear": ("attention", "feed_forward"),
 }
+GROUPS = ("tensor", "expert")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,12 @@ class Scope:
                     raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}.") from None
 
 
-def plan_pruning(items: Sequence[Item], scope: Scope, prune: Prune) -> list[Action]:
+def plan_pruning(items: Sequence[Item], scope: Scope, prune: Prune, group: str) -> list[Action]:
     """Prune what is in scope; the rest follows `scope.rest`.
+
+    Args:
+        group: what has a threshold of its own: "tensor", or "expert" for each expert of a stacked [E, …] tensor, as if it were
+            stored by itself.
 
     Raises:
         OptionError: a pattern matches no tensor, or nothing is left in scope.
@@ -68,7 +73,12 @@ def plan_pruning(items: Sequence[Item], scope: Scope, prune: Prune) -> list[Acti
     if not any(map(in_scope, items)):
         raise OptionError("No tensor is in scope, so there is nothing to prune: see --scope, --include and --exclude.")
     rest = Reset() if scope.rest == "pre" else Keep()
-    return [prune if in_scope(item) else rest if item.editable else Keep() for item in items]
+    return [_grouped(item, prune, group) if in_scope(item) else rest if item.editable else Keep() for item in items]
+
+
+def _grouped(item: Item, prune: Prune, group: str) -> Prune:
+    stacked = len(item.ft.shape) == 3 and item.place.category == "feed_forward" and item.ft.shape[0] > 0
+    return replace(prune, groups=item.ft.shape[0]) if stacked and group == "expert" else prune
 
 
 def _matches(option: str, pattern: str, names: Sequence[str]) -> set[str]:

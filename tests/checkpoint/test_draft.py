@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from surgery.checkpoint.draft import JOURNAL, Draft, check_output
-from surgery.checkpoint.header import Tensor
+from surgery.checkpoint.tensor import Span, Tensor
 from surgery.errors import OutputError
 
 NAME = "model.safetensors"
@@ -20,7 +20,7 @@ IDENTITY = {"ft": "this one", "command": ["surgery"]}
 
 
 def draft(out: Path, *, resume: bool = False, replace: bool = False, extra: int = 0, **identity: Any) -> Draft:
-    tensors = [Tensor(name, "F32", (2,), Path("ft"), 0, 8) for name in ("a", "b")]
+    tensors = [Tensor(name, "F32", (2,), Span(Path("ft"), 0)) for name in ("a", "b")]
     return Draft(
         out, {NAME: (tensors, {"format": "pt"})}, IDENTITY | identity, resume=resume, replace=replace, extra=extra
     )

@@ -19,7 +19,7 @@ import pytest
 from hub_server import TOKEN, Hub, hub
 
 from surgery.checkpoint.companions import travels
-from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.hub import Source, resolve
 from surgery.errors import CheckpointError
 
 CONFIG = {"config.json": b'{"model_type": "llama"}'}
@@ -185,12 +185,16 @@ def test_a_path_that_does_not_exist(typed: str) -> None:
     assert repr(typed) in str(raised.value)
 
 
-def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+def test_a_file_is_taken_from_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
-    with pytest.raises(CheckpointError, match=r"is a file: give the folder") as raised:
-        resolve(str(path), companions=False)
-    assert repr(str(tmp_path)) in str(raised.value)
+    assert resolve(str(path), companions=False) == Source(str(path), tmp_path, None, None, "model.safetensors")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="neither a folder nor a file"):
+        resolve(str(tmp_path / "pipe"), companions=False)
 
 
 def test_a_broken_link_and_a_circle_of_links(tmp_path: Path) -> None:
@@ -320,10 +324,10 @@ def test_a_malformed_index(server: Hub, index: bytes, said: str) -> None:
 @pytest.mark.parametrize(
     ("contents", "said"),
     [
-        (CONFIG | {"pytorch_model.bin": b"pickle"}, "another format (pytorch_model.bin)"),
-        (CONFIG | {"unet/model.safetensors": b"part"}, "no safetensors weights at its root, nor any other"),
+        (CONFIG | {"tf_model.h5": b"h5"}, "tf_model.h5, which surgery does not read"),
+        (CONFIG | {"unet/model.safetensors": b"part"}, "not a checkpoint: it has neither model.safetensors nor"),
         (CONFIG | {"a.safetensors": b"a", "b.safetensors": b"b"}, "2 safetensors files"),
-        ({"adapter_model.safetensors": b"lora", "adapter_config.json": b"{}"}, "an adapter"),
+        ({"adapter_config.json": b"{}"}, "an adapter without its weights"),
         ({"model.safetensors": b"w"}, "has no config.json"),
     ],
 )

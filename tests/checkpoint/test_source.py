@@ -12,7 +12,9 @@ import torch
 from checkpoints import INDEX, write_checkpoint
 from safetensors.torch import save_file
 
-from surgery.checkpoint.source import open_checkpoint
+from surgery.checkpoint.container import Container, Shard
+from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.source import Checkpoint, open_checkpoint
 from surgery.errors import CheckpointError
 
 TENSORS = {name: torch.full((2,), float(position)) for position, name in enumerate("abcd")}
@@ -25,8 +27,12 @@ def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "ft", TENSORS, shards=2)
 
 
+def opened(path: Path) -> Checkpoint:
+    return open_checkpoint(resolve(str(path), companions=False))
+
+
 def places(folder: Path) -> dict[str, str]:
-    return {name: tensor.path.name for name, tensor in open_checkpoint(str(folder)).tensors.items()}
+    return {name: tensor.path.name for name, tensor in opened(folder).tensors.items()}
 
 
 def reindex(folder: Path, **weight_map: Any) -> None:
@@ -37,15 +43,16 @@ def reindex(folder: Path, **weight_map: Any) -> None:
 
 def test_shards(folder: Path) -> None:
     assert places(folder) == {"a": FIRST, "c": FIRST, "b": SECOND, "d": SECOND}
-    checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.index == {"total_size": 32}
-    assert checkpoint.shards[FIRST].metadata == {"format": "pt"}
+    checkpoint = opened(folder)
+    assert checkpoint.container == Container(
+        {FIRST: Shard(("a", "c"), {"format": "pt"}), SECOND: Shard(("b", "d"), {"format": "pt"})}, {"total_size": 32}
+    )
 
 
 def test_a_single_file_stands_before_an_index(folder: Path) -> None:
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     assert places(folder) == {"a": "model.safetensors"}
-    assert open_checkpoint(str(folder)).index is None
+    assert opened(folder).container == Container({"model.safetensors": Shard(("a",), {})}, None)
 
 
 def test_one_file_by_any_name(folder: Path) -> None:
@@ -123,8 +130,9 @@ def test_a_damaged_index(folder: Path, index: str, said: str) -> None:
         ([], "not a checkpoint"),
         (["a.safetensors", "b.safetensors"], "2 safetensors files but no"),
         (["adapter_config.json"], "adapter"),
-        (["pytorch_model.bin"], "pytorch_model.bin but no safetensors file"),
-        (["consolidated.00.pth"], "consolidated.00.pth but no"),
+        (["a.pth", "b.pth"], "2 .pth files"),
+        (["consolidated.00.pth"], "consolidated.00.pth but no params.json"),
+        (["tf_model.h5"], "tf_model.h5, which surgery does not read"),
         ([".hidden.safetensors"], "not a checkpoint"),
     ],
 )
@@ -141,6 +149,4 @@ def test_no_tensor_and_no_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tensor"):
         places(tmp_path)
     save_file(TENSORS, tmp_path / "model.safetensors")
-    assert open_checkpoint(str(tmp_path)).tensors.keys() == TENSORS.keys()
-    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        open_checkpoint(str(tmp_path), needs_config=True)
+    assert opened(tmp_path).tensors.keys() == TENSORS.keys()

@@ -1,0 +1,180 @@
+"""One tensor of a checkpoint, whatever file it lies in: its name, type and shape, and a way to read any of its bytes.
+
+Formats differ in the `Data` behind a tensor: a run of bytes in a file, rows gathered from several, numbers that are computed
+while they are read. Everything above sees row-major little-endian bytes of the tensor's type and reads them in chunks, so that
+no format needs a tensor in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol
+
+from surgery.errors import CheckpointError
+
+FLOAT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
+INTEGER_BITS = {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}
+QUANTIZED_BITS = {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+BITS = {**FLOAT_BITS, **INTEGER_BITS, **QUANTIZED_BITS, "C64": 64}
+
+
+class Handle(Protocol):
+    """Data while it is open, for one thread."""
+
+    def read(self, offset: int, view: memoryview) -> int:
+        """Fill the view with the bytes from an offset on; return how many bytes of files that took.
+
+        Raises:
+            EOFError: a file ends before.
+            OSError: it cannot be read.
+        """
+
+    def close(self) -> None:
+        """Let go of files and memory."""
+
+
+class Data(Protocol):
+    """What holds a tensor's numbers."""
+
+    @property
+    def path(self) -> Path:
+        """The file to name when something is wrong with them."""
+
+    def open(self) -> Handle:
+        """Begin to read.
+
+        Raises:
+            OSError: a file cannot be opened.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor: its type as safetensors names it, its shape, and its data from the byte `start` on."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Data
+    start: int = 0
+
+    @property
+    def path(self) -> Path:
+        return self.data.path
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.entries * BITS[self.dtype] + 7) // 8
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_BITS
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype in QUANTIZED_BITS
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """The slice [first, last) of the outermost dimension."""
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        return replace(self, shape=(last - first, *self.shape[1:]), start=self.start + first * row)
+
+    def open(self) -> Reader:
+        """Begin to read, as a context manager.
+
+        Raises:
+            CheckpointError: a file cannot be opened.
+        """
+        return Reader(self)
+
+
+class Reader:
+    """A tensor opened for reading, by one thread."""
+
+    def __init__(self, tensor: Tensor, handle: Handle | None = None) -> None:
+        self.tensor = tensor
+        try:
+            self.handle = handle or tensor.data.open()
+        except OSError as error:
+            raise CheckpointError(f"{tensor.path}: cannot be read ({error.strerror}).") from error
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.handle.close()
+
+    def rows(self, first: int, last: int) -> Reader:
+        """A reader of the slice [first, last) of the outermost dimension, open as long as this one."""
+        return Reader(self.tensor.rows(first, last), self.handle)
+
+    def fill(self, offset: int, view: memoryview) -> int:
+        """Read as many bytes as the view holds, from an offset within the tensor on; return what was read from files.
+
+        Raises:
+            CheckpointError: a file ends before, or cannot be read.
+        """
+        try:
+            return self.handle.read(self.tensor.start + offset, view)
+        except EOFError:
+            raise CheckpointError(
+                f"{self.tensor.path}: ends in the middle of tensor {self.tensor.name}: it changed while it was read."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{self.tensor.path}: cannot be read ({error.strerror}).") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of one file, from `begin` on."""
+
+    path: Path
+    begin: int
+
+    def open(self) -> Handle:
+        return OpenSpan(self.path.open("rb", buffering=0), self.begin)
+
+
+class OpenSpan:
+    """A file, read from a byte on."""
+
+    def __init__(self, file: BinaryIO, begin: int) -> None:
+        self.file, self.begin = file, begin
+
+    def read(self, offset: int, view: memoryview) -> int:
+        self.file.seek(self.begin + offset)
+        read_into(self.file, view)
+        return len(view)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_into(file: BinaryIO, view: memoryview) -> None:
+    """Fill the view from where an unbuffered file stands.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not got:
+            raise EOFError
+        done += got
