@@ -1,12 +1,17 @@
-"""Speed and memory of each edit beside a plain copy and, where it is installed, mergekit, all in one run.
+"""Speed and memory of each command beside a plain copy or a plain read and, where it is installed, mergekit, all in one run.
 
     python benchmarks/edit_speed.py --mergekit /path/to/mergekit-environment
 
 makes a pair of TinyLlama-1.1B's shape (ft = pre + noise) and times, in turn, as often as `--repeat` says:
 
     cp                                       cp -r FT OUT
+    cat                                      cat of the weights of both models
     fapm, magnitude, half-reset, hma         python -m surgery …, from start-up to exit
-    ties, linear                             mergekit-yaml: TIES at density 0.1, and the mean of both
+    ties, dare                               likewise
+    fapm of a .bin                           likewise, pre in torch's format in two shards
+    diff, verify                             likewise; they write nothing
+    extract, apply                           likewise; the task vector of fapm, and the checkpoint of it again
+    mergekit ties, mergekit linear           mergekit-yaml: TIES at density 0.1, and the mean of both
 
 Every timing ends with a `sync` and so counts the bytes that are on disk. Before it the former output is removed, the
 disk is synced and the inputs are read once, so that each run starts with a warm page cache and no pending writes. Peak
@@ -21,13 +26,14 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +45,14 @@ SHARDS = 2
 SEED = 0
 CHUNK = 1 << 22  # entries generated at a time
 
-NAMES = {"cp": "`cp -r`", "ties": "mergekit TIES", "linear": "mergekit linear"}  # of those that are not surgery's
+# Of those that are not surgery's.
+NAMES = {
+    "cp": "`cp -r`",
+    "cat": "`cat`",
+    "mergekit ties": "mergekit TIES",
+    "mergekit linear": "mergekit linear",
+}
+READERS = ("cat", "diff", "verify")  # compared with cat, the others with cp
 
 TIES = """\
 merge_method: ties
@@ -62,11 +75,11 @@ dtype: bfloat16
 
 @dataclass(frozen=True)
 class Contestant:
-    """A command to time; `out` is the folder it writes."""
+    """A command to time; `out` is the folder or file that it writes, if it does."""
 
     name: str
     command: list[str]
-    out: Path
+    out: Path | None
 
 
 @dataclass(frozen=True)
@@ -89,13 +102,14 @@ def main() -> None:
         _say(f"generating {pair}")
         # In a process of its own: torch would raise this script's memory, which every child inherits as its least peak.
         subprocess.run([sys.executable, __file__, "--pair", pair, "--generate-only"], check=True)
-    contestants = _contestants(pair, work / "out", options.mergekit, work)
+    contestants = _contestants(pair, work, options.mergekit)
     if options.only:
         unknown = set(options.only) - {contestant.name for contestant in contestants}
         if unknown:
-            sys.exit(f"--only: no such contestant: {', '.join(sorted(unknown))} (ties and linear need --mergekit)")
+            sys.exit(f"--only: no such contestant: {', '.join(sorted(unknown))} (those of mergekit need --mergekit)")
         contestants = [contestant for contestant in contestants if contestant.name in options.only]
     machine = _machine(options.mergekit)
+    _make(pair, work / "made", [contestant.name for contestant in contestants])
     runs: dict[str, list[Run]] = {contestant.name: [] for contestant in contestants}
     for turn in range(options.repeat):
         for contestant in contestants:
@@ -103,6 +117,7 @@ def main() -> None:
             runs[contestant.name].append(run)
             _say(f"{turn + 1}/{options.repeat} {contestant.name}: {run.seconds:.2f} s, {run.peak_mib:.0f} MiB")
     shutil.rmtree(work / "out")
+    shutil.rmtree(work / "made", ignore_errors=True)
     print("\n".join([f"- {key}: {value}" for key, value in machine.items()] + ["", *_table(runs)]))
     if options.json:
         measured = {name: [asdict(run) for run in of] for name, of in runs.items()}
@@ -120,27 +135,48 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="names as in the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement here")
     parser.add_argument("--generate-only", action="store_true", help="make the pair and stop")
+    parser.add_argument("--bin", type=Path, metavar="DIR", help="write pre in torch's format there and stop")
     options = parser.parse_args()
     if options.repeat < 1:
         parser.error("--repeat must be 1 or more")
     if options.generate_only:
         generate(options.pair or options.work / "pair")
         sys.exit()
+    if options.bin:
+        save_as_bin((options.pair or options.work / "pair") / "pre", options.bin)
+        sys.exit()
     return options
 
 
-def _contestants(pair: Path, out: Path, mergekit: Path | None, work: Path) -> list[Contestant]:
+def _contestants(pair: Path, work: Path, mergekit: Path | None) -> list[Contestant]:
+    out, made = work / "out", work / "made"
     pre, ft = str(pair / "pre"), str(pair / "ft")
-    edits = {
+    files = shlex.join(str(path) for side in ("pre", "ft") for path in sorted((pair / side).glob("*.safetensors")))
+    found = [
+        Contestant("cp", ["cp", "-r", ft, str(out / "cp")], out / "cp"),
+        Contestant("cat", ["sh", "-c", f"cat {files} > /dev/null"], None),
+    ]
+    own = {
         "fapm": ["--sparsity", "0.9"],
         "magnitude": ["--sparsity", "0.9"],
         "half-reset": [],
         "hma": ["--ratios", "0.3,0.2,0.1"],
+        "ties": ["--sparsity", "0.9"],
+        "dare": ["--drop-rate", "0.9"],
     }
-    found = [Contestant("cp", ["cp", "-r", ft, str(out / "cp")], out / "cp")]
-    for name, own in edits.items():
-        command = [sys.executable, "-m", "surgery", name, "--pre", pre, "--ft", ft, "--out", str(out / name), "--force"]
-        found.append(Contestant(name, command + own, out / name))
+    surgery = [sys.executable, "-m", "surgery"]
+    for name, options in own.items():
+        command = [*surgery, name, "--pre", pre, "--ft", ft, "--out", str(out / name), *options]
+        found.append(Contestant(name, command, out / name))
+    command = [*surgery, "fapm", "--pre", str(made / "bin"), "--ft", ft, "--out", str(out / "bin")]
+    found.append(Contestant("fapm of a .bin", command, out / "bin"))
+    found.append(Contestant("diff", [*surgery, "diff", "--pre", pre, "--ft", ft], None))
+    delta = out / "task.safetensors"
+    command = [*surgery, "extract", "--pre", pre, "--ft", ft, "--method", "fapm", "--out", str(delta)]
+    found.append(Contestant("extract", command, delta))
+    command = [*surgery, "apply", "--pre", pre, "--delta", str(made / "task.safetensors"), "--out", str(out / "apply")]
+    found.append(Contestant("apply", command, out / "apply"))
+    found.append(Contestant("verify", [*surgery, "verify", str(made / "fapm"), "--pre", pre, "--ft", ft], None))
     if mergekit is not None:
         program = mergekit.resolve() / "bin" / "mergekit-yaml"
         if not program.exists():
@@ -150,8 +186,25 @@ def _contestants(pair: Path, out: Path, mergekit: Path | None, work: Path) -> li
             config.write_text(recipe.format(pre=json.dumps(pre), ft=json.dumps(ft)))
             # The pair has no tokenizer to copy.
             command = [str(program), str(config), str(out / name), "--no-copy-tokenizer", "--quiet"]
-            found.append(Contestant(name, command, out / name))
+            found.append(Contestant(f"mergekit {name}", command, out / name))
     return found
+
+
+def _make(pair: Path, made: Path, names: Collection[str]) -> None:
+    """What some contestants start from: pre in torch's format, a task vector, an edited checkpoint."""
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    surgery = [sys.executable, "-m", "surgery"]
+    inputs = ["--pre", str(pair / "pre"), "--ft", str(pair / "ft")]
+    commands = {
+        "fapm of a .bin": [sys.executable, __file__, "--pair", str(pair), "--bin", str(made / "bin")],
+        "apply": [*surgery, "extract", *inputs, "--method", "fapm", "--out", str(made / "task.safetensors")],
+        "verify": [*surgery, "fapm", *inputs, "--out", str(made / "fapm")],
+    }
+    for name, command in commands.items():
+        if name in names:
+            _say(f"preparing {name}")
+            subprocess.run(command, check=True, env=_environment(), stdout=subprocess.DEVNULL)
 
 
 def _time(contestant: Contestant, pair: Path, work: Path) -> Run:
@@ -160,20 +213,23 @@ def _time(contestant: Contestant, pair: Path, work: Path) -> Run:
     (work / "out").mkdir()
     _read_all(pair)
     os.sync()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     log = work / f"{contestant.name}.log"
     with log.open("wb") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(contestant.command, stdout=output, stderr=output, env=environment, cwd=work)
+        process = subprocess.Popen(contestant.command, stdout=output, stderr=output, env=_environment(), cwd=work)
         _, status, usage = os.wait4(process.pid, 0)
         os.sync()
         seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or not any(contestant.out.glob("*.safetensors")):
+    if process.returncode or (contestant.out and not contestant.out.exists()):
         tail = log.read_text(errors="replace")[-2000:]
         sys.exit(f"{contestant.name} failed with exit code {process.returncode}: {contestant.command}\n{tail}")
     return Run(seconds, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_minflt)
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 def _read_all(pair: Path) -> None:
@@ -187,14 +243,16 @@ def _read_all(pair: Path) -> None:
 def _table(runs: dict[str, list[Run]]) -> Iterator[str]:
     """Yield a Markdown table of the medians."""
     medians = {name: statistics.median(run.seconds for run in of) for name, of in runs.items()}
-    yield "| | median s | min–max s | times cp | TIES takes | linear takes | CPU s (in kernel) | peak MiB |"
+    yield "| | median s | min–max s | to copy or read | TIES takes | linear takes | CPU s (in kernel) | peak MiB |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, of in runs.items():
         seconds = [run.seconds for run in of]
-        to_cp = f"{medians[name] / medians['cp']:.2f} ×" if "cp" in medians else "–"
+        plain = "cat" if name in READERS else "cp"
         peers = [
-            f"{medians[peer] / medians[name]:.1f} × as long" if peer in medians and name not in NAMES else "–"
-            for peer in ("ties", "linear")
+            f"{medians[peer] / medians[name]:.1f} × as long"
+            if peer in medians and name not in (*NAMES, *READERS)
+            else "–"
+            for peer in ("mergekit ties", "mergekit linear")
         ]
         cpu = statistics.median(run.user_seconds + run.system_seconds for run in of)
         kernel = statistics.median(run.system_seconds for run in of)
@@ -202,7 +260,7 @@ def _table(runs: dict[str, list[Run]]) -> Iterator[str]:
             NAMES.get(name, f"`surgery {name}`"),
             f"{medians[name]:.2f}",
             f"{min(seconds):.2f}–{max(seconds):.2f}",
-            to_cp,
+            f"{medians[name] / medians[plain]:.2f} × {plain}" if plain in medians else "–",
             *peers,
             f"{cpu:.1f} ({kernel:.1f})",
             f"{max(run.peak_mib for run in of):.0f}",
@@ -322,6 +380,22 @@ def _write_tensor(pre: BinaryIO, ft: BinaryIO, entries: int, draw: Callable[[int
         after = (before.float() + draw(size, 1e-3)).bfloat16()
         for file, values in ((pre, before), (ft, after)):
             file.write(values.view(torch.int16).numpy().tobytes())
+
+
+def save_as_bin(folder: Path, out: Path) -> None:
+    """Save a checkpoint again as pytorch_model.bin, in as many shards."""
+    import torch
+    from safetensors.torch import load_file
+
+    out.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file = path.name.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        tensors = load_file(path)
+        torch.save(tensors, out / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (out / "config.json").write_text((folder / "config.json").read_text())
 
 
 def _config() -> dict[str, object]:

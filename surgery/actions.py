@@ -8,6 +8,10 @@ from typing import Any
 
 # (|Δ|, |W_pre|, mean|W_pre|) -> S: float32 arrays of one shape, numpy's or torch's, and a float32 value.
 Score = Callable[[Any, Any, Any], Any]
+# The entries [start, start + count) of a tensor that the n-th fine-tuned model keeps: (name, n, start, count) -> bool [count].
+Draw = Callable[[str, int, int, int], Any]
+# [τ̂_0, τ̂_1, …] -> (merged, [whether τ̂_0 is part of it, …]): numpy arrays of one shape, float32 and bool.
+Combine = Callable[[list[Any]], tuple[Any, list[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +46,17 @@ class Blend:
     alpha: float
 
 
-Action = Keep | Reset | Prune | Blend
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """pre + scale · combine(τ̂_0, τ̂_1, …): τ̂_i is the task vector of the i-th fine-tuned model with some entries set to 0.
+
+    `keeps` says which are not: those that a pruning by itself would keep, of one group, or those that are drawn. Where the merged
+    task vector is 0 the output is the bits of pre; where it is one model's task vector, at scale 1, the bits of that model.
+    """
+
+    combine: Combine
+    scale: float
+    keeps: Prune | Draw
+
+
+Action = Keep | Reset | Prune | Blend | Merge

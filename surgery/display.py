@@ -51,13 +51,20 @@ def show_plan(job: Job, *, as_json: bool) -> None:
         document = {"method": job.method.name, "output": str(job.out), "bytes": job.nbytes, "plan": plan}
         print(json.dumps({**document, "notes": job.pair.notes}, indent=2))
         return
-    table = _table("Category", "Action", "Tensors", "Entries", "Bytes")
-    words = {"keep": "keep ft", "reset": "reset to pre", "prune": "prune", "blend": "average", "copy": "copy ft"}
+    table = new_table("Category", "Action", "Tensors", "Entries", "Bytes")
+    words = {
+        "keep": "keep ft",
+        "reset": "reset to pre",
+        "prune": "prune",
+        "blend": "average",
+        "merge": "merge",
+        "copy": "copy ft",
+    }
     for (category, doing), (tensors, entries, nbytes) in sizes.items():
-        table.add_row(_label(category), words[doing], f"{tensors:,}", _count(entries), _bytes(nbytes))
-    console = _console()
+        table.add_row(label(category), words[doing], f"{tensors:,}", count(entries), _bytes(nbytes))
+    console = new_console()
     console.print(table)
-    _notes(console, job.pair.notes)
+    print_notes(console, job.pair.notes)
     console.print(f"Nothing was written. The output would be {job.out}, {_bytes(job.nbytes)}.", soft_wrap=True)
 
 
@@ -69,15 +76,15 @@ def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: floa
         sys.stdout.buffer.write(dumps(report))
         sys.stdout.flush()
         return
-    table = _table("Category", "Tensors", "Entries", "To pre", "Sparsity", "Effective", "D before", "D after")
+    table = new_table("Category", "Tensors", "Entries", "To pre", "Sparsity", "Effective", "D before", "D after")
     for category, group in report["categories"].items():
         if group["tensors"]:
-            table.add_row(_label(category), *_cells(group))
+            table.add_row(label(category), *_cells(group))
     table.add_section()
     table.add_row("all", *_cells(report["totals"]), style="bold")
-    console = _console()
+    console = new_console()
     console.print(table)
-    _notes(console, report["notes"])
+    print_notes(console, report["notes"])
     console.print(f"{_bytes(nbytes)} in {seconds:.1f} s")
     console.print(f"Wrote {out}", soft_wrap=True)
 
@@ -85,20 +92,27 @@ def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: floa
 def _cells(group: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{group['tensors']:,}",
-        _count(group["entries"]),
-        _count(group["pruned"]),
-        _percent(group["achieved_sparsity"]),
-        _percent(group["effective_sparsity"]),
+        count(group["entries"]),
+        count(group["pruned"]),
+        percent(group["achieved_sparsity"]),
+        percent(group["effective_sparsity"]),
         _distance(group["distance_before"]),
         _distance(group["distance_after"]),
     )
 
 
-def _console() -> Console:
+def say(sentence: str) -> None:
+    """Print a line."""
+    new_console().print(sentence, soft_wrap=True)
+
+
+def new_console() -> Console:
+    """Standard output: 80 columns where it is no terminal, and no text taken for markup."""
     return Console(highlight=False, markup=False, emoji=False, width=None if os.isatty(1) else 80)
 
 
-def _table(first: str, *others: str) -> Table:
+def new_table(first: str, *others: str) -> Table:
+    """An empty table: names on the left, numbers on the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold")
     table.add_column(first, no_wrap=True)
     for name in others:
@@ -106,16 +120,24 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _notes(console: Console, notes: list[str]) -> None:
+def print_notes(console: Console, notes: list[str]) -> None:
+    """What the user should know about a pair."""
     for note in notes:
-        console.print(f"Note: {note}")
+        console.print(f"Note: {readable(note)}")
 
 
-def _label(category: str) -> str:
+def readable(text: str) -> str:
+    """Text from a file, which may hold anything, commands to the terminal included."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
+
+
+def label(category: str) -> str:
+    """A category as people write it."""
     return LABELS.get(category, category)
 
 
-def _count(value: int | None) -> str:
+def count(value: int | None) -> str:
+    """A number of entries in a few characters: 12.3M."""
     if value is None:
         return "–"
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
@@ -131,7 +153,8 @@ def _bytes(value: int) -> str:
     return f"{value} B"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share, with two decimals."""
     return "–" if value is None else f"{100 * value:.2f}%"
 
 

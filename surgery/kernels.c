@@ -222,3 +222,76 @@ VECTOR void blend(float alpha, float rest, int pre_dtype, const void *pre, int f
     *before = (Distance){total(before2), total(weight2), differ_before};
     *after = (Distance){total(after2), total(again), differ_after};
 }
+
+/* Add the sums of w and of i * w, modulo 2^64, over the 32-bit words w at the positions i from `first` on. */
+VECTOR void checksum(const uint32_t *words, size_t n, uint64_t first, uint64_t *sums) {
+    uint64_t sum = 0, weighted = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += words[i];
+        weighted += (first + i) * (uint64_t)words[i];
+    }
+    sums[0] += sum, sums[1] += weighted;
+}
+
+typedef struct {
+    double delta2, weight2;     /* sums of (ft - pre)^2 and pre^2 */
+    int64_t same, infinite;     /* entries that did not change; entries whose ratio is infinite */
+    float max_delta, max_ratio; /* the largest that are finite */
+} Compared;
+
+INLINE uint32_t magnitude(float value) { return to_bits(value) & 0x7fffffff; }
+
+INLINE float ratio(float delta, float weight) { return delta == 0.0f ? 0.0f : fabsf(delta) / fabsf(weight); }
+
+/* Where in a stretch of 2^shift entries the sampled one lies: the low bits of a mixed stretch number. */
+INLINE size_t draw(uint64_t stretch, int shift) {
+    uint64_t x = (stretch + 1) * 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return (size_t)((x ^ x >> 31) & ((1u << shift) - 1));
+}
+
+/* The bits of the largest finite magnitude, if it is above `top`. */
+INLINE uint32_t largest(const float *values, uint32_t top) {
+    uint32_t sizes[BLOCK]; /* in two loops, or compilers make no vector code of it */
+    for (size_t i = 0; i < BLOCK; i++) sizes[i] = magnitude(values[i]) < 0x7f800000 ? magnitude(values[i]) : 0;
+    for (size_t i = 0; i < BLOCK; i++) top = sizes[i] > top ? sizes[i] : top;
+    return top;
+}
+
+/* A division is dear: only a block that holds the largest yet, or nearly, is divided as a whole. */
+VECTOR void compare(int pre_dtype, const void *pre, int ft_dtype, const void *ft, size_t n, uint64_t start, int shift,
+                    int64_t *delta_bins, int64_t *ratio_bins, Compared *result) {
+    double delta2[LANES] = {0}, weight2[LANES] = {0};
+    float p[BLOCK], d[BLOCK], r[BLOCK], limit = 0.0f;
+    uint32_t max_delta = 0, max_ratio = 0;
+    int64_t same = 0, infinite = 0;
+    for (size_t at = 0; at < n; at += BLOCK) {
+        size_t size = n - at < BLOCK ? n - at : BLOCK;
+        uint32_t equal = 0, high = 0, infinities = 0;
+        widen_block(pre_dtype, pre, at, size, p);
+        widen_block(ft_dtype, ft, at, size, d);
+        for (size_t i = 0; i < BLOCK; i++) {
+            /* widening keeps apart what has different bits */
+            equal += pre_dtype == ft_dtype ? to_bits(p[i]) == to_bits(d[i]) : p[i] == d[i];
+            d[i] -= p[i];
+            high += (fabsf(d[i]) > limit * fabsf(p[i])) | (fabsf(d[i]) > from_bits(max_delta));
+        }
+        add_squares(d, delta2);
+        add_squares(p, weight2);
+        if (high) {
+            max_delta = largest(d, max_delta);
+            for (size_t i = 0; i < BLOCK; i++) r[i] = ratio(d[i], p[i]);
+            for (size_t i = 0; i < BLOCK; i++) infinities += r[i] == INFINITY;
+            max_ratio = largest(r, max_ratio);
+            limit = from_bits(max_ratio) * (1.0f - 0x1p-20f); /* so that no rounding hides a larger one */
+        }
+        same += (int64_t)equal - (int64_t)(BLOCK - size);
+        infinite += infinities;
+        for (size_t stretch = 0; stretch < size; stretch += (size_t)1 << shift) {
+            size_t i = stretch + draw((start + at + stretch) >> shift, shift);
+            if (i < size) delta_bins[magnitude(d[i]) >> 16]++, ratio_bins[magnitude(ratio(d[i], p[i])) >> 16]++;
+        }
+    }
+    *result = (Compared){total(delta2), total(weight2), same, infinite, from_bits(max_delta), from_bits(max_ratio)};
+}

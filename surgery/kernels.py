@@ -25,6 +25,10 @@ from surgery.methods import hma
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
+Counts = NDArray[np.int64]
+
+# Bins of a histogram of float32 magnitudes by their upper 15 bits: 128 to each power of two.
+BINS = 1 << 15
 
 RAW: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16),
@@ -62,6 +66,25 @@ class Pruned:
     kept2: float
     changed: int
     kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """How a chunk of ft differs from pre.
+
+    Attributes:
+        delta2, weight2: ΣΔ² and ΣW_pre².
+        same: entries whose bits are equal, or whose values are where the types differ.
+        infinite: entries whose ratio |Δ| / |W_pre| is infinite.
+        max_delta, max_ratio: the largest finite |Δ| and ratio.
+    """
+
+    delta2: float
+    weight2: float
+    same: int
+    infinite: int
+    max_delta: float
+    max_ratio: float
 
 
 def widen(dtype: str, raw: Array) -> Array:
@@ -192,6 +215,66 @@ def blend(alpha: float, pre_dtype: str, pre: Array, ft_dtype: str, ft: Array, ou
     return distance(pre_dtype, pre, ft_dtype, ft), distance(pre_dtype, pre, ft_dtype, out)
 
 
+def compare(
+    pre_dtype: str,
+    pre: Array,
+    ft_dtype: str,
+    ft: Array,
+    sample: tuple[int, int],
+    bins: tuple[Counts, Counts],
+) -> Compared:
+    """Measure what a chunk has become, and add a sample of it to two histograms.
+
+    Args:
+        sample: the chunk's first entry in its tensor, a multiple of 256, and the shift s: of each stretch of 2^s entries, s from
+            0 to 8, one is drawn, by a hash of the stretch's number in the tensor.
+        bins: of |Δ| and of |Δ| / |W_pre| (0 where Δ = 0), int64 [BINS], by the upper half of a float32's magnitude; added to.
+    """
+    start, shift = sample
+    if native and {pre_dtype, ft_dtype} <= native.dtypes.keys():
+        result = _Compared()
+        native.library.compare(
+            *(
+                native.dtypes[pre_dtype],
+                pre.ctypes.data,
+                native.dtypes[ft_dtype],
+                ft.ctypes.data,
+                len(pre),
+                start,
+                shift,
+            ),
+            *(bins[0].ctypes.data, bins[1].ctypes.data, ctypes.byref(result)),
+        )
+        return Compared(*(getattr(result, field[0]) for field in _Compared._fields_))
+    if pre_dtype == ft_dtype:
+        word = np.dtype(f"u{pre.itemsize}")
+        same = np.count_nonzero(pre.view(word) == ft.view(word))
+    else:
+        same = np.count_nonzero(widen(pre_dtype, pre) == widen(ft_dtype, ft))
+    difference, base = _difference(pre_dtype, pre, ft_dtype, ft)
+    delta, weight = np.abs(difference), np.abs(base)
+    ratio = np.where(delta == 0, np.float32(0), delta / weight)
+    drawn = _draw(start, shift, len(pre))
+    for counts, values in zip(bins, (delta, ratio), strict=True):
+        counts += np.bincount(values[drawn].view(np.uint32) >> 16 & 0x7FFF, minlength=BINS)
+    infinite = int(np.count_nonzero(np.isinf(ratio)))
+    squares = sum_of_squares(difference), sum_of_squares(base)
+    return Compared(*squares, int(same), infinite, _largest(delta), _largest(ratio))
+
+
+def checksum(data: memoryview, first: int, sums: NDArray[np.uint64]) -> None:
+    """Add Σw and Σi·w to sums, modulo 2^64: w the 32-bit little-endian words of data, i their positions, from `first` on.
+
+    Together they notice any change that an accident makes, in whatever order the parts of a tensor are added.
+    """
+    words = np.frombuffer(data, "<u4")
+    if native:
+        native.library.checksum(words.ctypes.data, len(words), first, sums.ctypes.data)
+        return
+    places = np.arange(first, first + len(words), dtype=np.uint64)
+    sums += np.array([words.sum(dtype=np.uint64), (places * words).sum(dtype=np.uint64)], np.uint64)
+
+
 def sum_of_squares(values: Array) -> float:
     """Σx² in float64. Not a dot product: the BLAS library would start threads of its own, which spin."""
     return float(np.sum(np.square(values, dtype=np.float64)))
@@ -204,6 +287,20 @@ def _difference(pre_dtype: str, pre: Array, dtype: str, x: Array) -> tuple[Array
 
 def _measure(difference: Array, base: Array) -> Distance:
     return Distance(sum_of_squares(difference), sum_of_squares(base), int(np.count_nonzero(difference)))
+
+
+def _largest(values: Floats) -> float:
+    return float(np.max(values, where=np.isfinite(values), initial=0))
+
+
+def _draw(start: int, shift: int, n: int) -> NDArray[np.uint64]:
+    """One entry of each stretch: positions in a chunk of n. The last stretch may be cut off before its entry."""
+    first = np.arange(0, n, 1 << shift, dtype=np.uint64)
+    mixed = (((first + np.uint64(start)) >> np.uint64(shift)) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    drawn: NDArray[np.uint64] = first + ((mixed ^ mixed >> np.uint64(31)) & np.uint64((1 << shift) - 1))
+    return drawn[drawn < n]
 
 
 class _Distance(ctypes.Structure):
@@ -226,6 +323,17 @@ class _Pruned(ctypes.Structure):
     ]
 
 
+class _Compared(ctypes.Structure):
+    _fields_ = [
+        ("delta2", ctypes.c_double),
+        ("weight2", ctypes.c_double),
+        ("same", ctypes.c_int64),
+        ("infinite", ctypes.c_int64),
+        ("max_delta", ctypes.c_float),
+        ("max_ratio", ctypes.c_float),
+    ]
+
+
 class Native:
     """The compiled kernels, and the types and scores that they know."""
 
@@ -238,6 +346,10 @@ class Native:
         self.library.abs_sum.argtypes = [code, pointer, size]
         self.library.abs_sum.restype = ctypes.c_double
         self.library.distance.argtypes = [code, pointer, code, pointer, size, pointer]
+        self.library.compare.argtypes = [
+            *(code, pointer, code, pointer, size, ctypes.c_uint64, code),
+            *(pointer, pointer, pointer),
+        ]
         self.library.blend.argtypes = [number, number, code, pointer, code, pointer, size, pointer, pointer, pointer]
         self.library.count.argtypes = [
             code,
@@ -252,6 +364,8 @@ class Native:
             pointer,
             pointer,
         ]
+        self.library.checksum.argtypes = [pointer, size, ctypes.c_uint64, pointer]
+        self.library.checksum.restype = None
         for prune_words in (self.library.prune16, self.library.prune32):
             prune_words.argtypes = [code, number, number, code, pointer, pointer, code, pointer, size, pointer, pointer]
 

@@ -166,3 +166,16 @@ def unit(name: str) -> str:
     "…experts.gate_up_proj_bias". A tensor with a name of its own ("mixer.A_log", "self_attn.sinks") is its own unit.
     """
     return _PARAMETER.sub("", name)
+
+
+@cache
+def module(name: str) -> str:
+    """What the unit of a tensor is called within its layer, the same in every layer; outside the stacks, the whole unit.
+
+    "self_attn.q_proj" for "model.layers.0.self_attn.q_proj.weight". Experts that are stored one by one share one name,
+    "mlp.experts.#.up_proj".
+    """
+    name = _WRAPPERS.sub("", name)
+    found = _LAYER.search(name)
+    inner = name[found.end("index") + 1 :] if found else name
+    return re.sub(r"(?<=experts\.)[0-9]+(?=\.|$)", "#", unit(inner))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery import __version__
-from surgery.actions import Action, Blend, Keep, Prune, Reset
+from surgery.actions import Action, Blend, Keep, Merge, Prune, Reset
+from surgery.checkpoint.source import Checkpoint
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.layout import CATEGORIES
@@ -57,6 +58,7 @@ def describe(step: Step, result: Result) -> dict[str, Any]:
         "distance_before": _norm_ratio(result.before2, result.weight2),
         "distance_after": _norm_ratio(result.after2, result.weight2),
     }
+    line["checksum"] = result.checksum
     if isinstance(step.action, Blend):
         line["alpha"] = step.action.alpha
     if isinstance(step.action, Prune):
@@ -102,6 +104,17 @@ def as_json(summary: Summary) -> dict[str, Any]:
     }
 
 
+def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where a checkpoint came from: as typed, and as found."""
+    source = checkpoint.source
+    return {
+        "typed": source.typed,
+        "repo": source.repo,
+        "revision": source.revision,
+        "folder": str(source.folder.absolute()),
+    }
+
+
 def versions() -> dict[str, str]:
     """What ran: surgery, Python and the libraries that are installed, none of which is imported for this."""
     found = {"surgery": __version__, "python": platform.python_version()}
@@ -122,16 +135,17 @@ def dumps(report: dict[str, Any]) -> bytes:
 
 def model_card(report: dict[str, Any], card_name: str) -> str:
     """The output's README.md: a model card with its base model, what was done, and the command that did it."""
-    pre, ft, totals = report["pre"], report["ft"], report["totals"]
+    pre, ft, totals, others = report["pre"], report["ft"], report["totals"], report.get("others", [])
     # A card may name only hub ids; a local folder's own name has the form of one.
-    bases = [json.dumps(source["repo"] or Path(source["folder"]).name) for source in (ft, pre)]
+    bases = [json.dumps(source["repo"] or Path(source["folder"]).name) for source in (ft, *others, pre)]
     header = ["---", "base_model:", *(f"- {base}" for base in bases), "base_model_relation: merge"]
     header += ["library_name: transformers", "tags:", "- surgery", f"- {report['method']}", "---", ""]
+    merged = f"merged with {', '.join(f'`{_source(other)}`' for other in others)} and " if others else ""
     parameters = ", ".join(f"{key} {json.dumps(value)}" for key, value in report["parameters"].items())
     body = [
         f"# {card_name}",
         "",
-        f"The fine-tuned model `{_source(ft)}`, edited towards the pre-trained `{_source(pre)}` with "
+        f"The fine-tuned model `{_source(ft)}`, {merged}edited towards the pre-trained `{_source(pre)}` with "
         f"surgery {report['versions']['surgery']} (`pip install model-surgery`): {METHODS[report['method']].about}.",
         "",
         f"- parameters: {parameters}",
@@ -161,7 +175,7 @@ def _source(source: dict[str, Any]) -> str:
 def _action(step: Step) -> str:
     if step.pre is None:
         return "copied"
-    names: dict[type[Action], str] = {Keep: "kept", Reset: "reset", Prune: "pruned", Blend: "averaged"}
+    names: dict[type[Action], str] = {Keep: "kept", Reset: "reset", Prune: "pruned", Blend: "averaged", Merge: "merged"}
     return names[type(step.action)]
 
 

@@ -21,7 +21,7 @@ from surgery.commands import app
 
 PAIR = ("--pre", "pre", "--ft", "ft")
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "transformers", "huggingface_hub")
+HEAVY = ("torch", "transformers", "huggingface_hub", "matplotlib")
 # options -> the default output
 DEFAULTS = {
     ("fapm",): "ft-fapm-0.9",
@@ -29,6 +29,8 @@ DEFAULTS = {
     ("magnitude", "--sparsity", "0.75"): "ft-magnitude-0.75",
     ("half-reset",): "ft-half-reset-0.5",
     ("hma", "--ratios", "0.3,0.2"): "ft-hma-0.3-0.2",
+    ("ties",): "ft-ties-0.8",
+    ("dare", "--drop-rate", "0.5"): "ft-dare-0.5",
 }
 
 
@@ -44,7 +46,8 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["fapm", "--help"], ["--version"], ["fapm", *PAIR], ["hma", *PAIR, "--dry-run"]]
+    "words",
+    [["--help"], ["fapm", "--help"], ["--version"], ["fapm", *PAIR], ["hma", *PAIR, "--dry-run"], ["diff", *PAIR]],
 )
 def test_heavy_libraries_are_not_imported(root: Path, words: list[str]) -> None:
     script = (
@@ -64,7 +67,7 @@ def test_launcher_of_a_checkout() -> None:
     assert done.stdout == f"surgery {package.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["fapm", "magnitude", "half-reset", "hma", "demo"])
+@pytest.mark.parametrize("name", ["fapm", "magnitude", "half-reset", "hma", "ties", "dare", "diff", "demo"])
 def test_every_command_and_every_option_has_help(name: str) -> None:
     command = commands()[name]
     assert command.help
@@ -124,7 +127,7 @@ def test_of_a_folder_given_as_a_point(root: Path) -> None:
     assert (code, out.splitlines()[-1]) == (0, f"Wrote {root / 'ft-hma-0.5'}")
 
 
-@pytest.mark.parametrize("method", ["fapm", "magnitude", "half-reset", "hma"])
+@pytest.mark.parametrize("method", ["fapm", "magnitude", "half-reset", "hma", "ties", "dare"])
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_dry_run_writes_nothing(root: Path, method: str, more: list[str]) -> None:
     before = contents(root)

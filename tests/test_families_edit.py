@@ -15,12 +15,13 @@ import torch
 import transformers
 from checkpoints import Tensors, read_checkpoint, write_checkpoint
 from families import CORE, FAMILIES
-from reference.formulas import blend, hma_part, prune, same_bits
+from reference.formulas import blend, dare, hma_part, prune, same_bits
 from runs import MAKE
 from transformers import PreTrainedModel
 
 from surgery.edit import prepare, run
 from surgery.methods import METHODS, Method
+from surgery.methods.dare import draw
 
 Pair = tuple[str, Path]
 RATIOS = (0.3, 0.2, 0.1)
@@ -127,7 +128,8 @@ def test_hma(pair: Pair, tmp_path: Path) -> None:
 def test_a_tied_head_that_one_side_stores(name: str, tmp_path: Path) -> None:
     """qwen2's head is its embedding. Whichever side writes it down, the output is ft's container and loads."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    main: dict[str, Any] = {"hma": {"ratios": (0.3,)}, "half-reset": {}}.get(name, {"sparsity": 0.5})
+    mains: dict[str, dict[str, Any]] = {"hma": {"ratios": (0.3,)}, "half-reset": {}, "dare": {"drop_rate": 0.5}}
+    main = mains.get(name, {"sparsity": 0.5})
     folders = {}
     for side, seed in (("pre", 1), ("ft", 2)):
         model = FAMILIES["qwen2"].build(seed=1, dtype=torch.bfloat16)
@@ -145,8 +147,10 @@ def test_a_tied_head_that_one_side_stores(name: str, tmp_path: Path) -> None:
         assert out.keys() == plain.keys() | {head}
         assert all(same_bits(out[key], plain[key]) for key in plain)
         base, ft = read_checkpoint(tmp_path / "pre")[embedding], read_checkpoint(tmp_path / "ft")[embedding]
-        if name in ("fapm", "magnitude"):
-            assert same_bits(out[head], prune(name, base, ft, 0.5))
+        if name in ("fapm", "magnitude", "ties"):
+            assert same_bits(out[head], prune("magnitude" if name == "ties" else name, base, ft, 0.5))
+        elif name == "dare":
+            assert same_bits(out[head], dare(base, [ft], [draw(0, 0.5, head, 0, 0, ft.numel())], 0.5))
         else:
             assert same_bits(out[head], ft if name == "half-reset" else blend(base, ft, 0.3))
 
@@ -175,7 +179,7 @@ def test_gpt2_with_and_without_its_prefix(name: str, pre: str, ft: str, tmp_path
         run(prepare(tmp_path / f"pre-{one}", tmp_path / f"ft-{other}", MAKE[name](), out=out))
         outs.append({key.removeprefix("transformer."): tensor for key, tensor in read_checkpoint(out).items()})
     same = [key for key in outs[0] if same_bits(outs[0][key], outs[1][key])]
-    if name == "half-reset" and ft == "bare":  # the draw is by name
+    if name in ("half-reset", "dare") and ft == "bare":  # the draw is by name
         assert outs[0].keys() == outs[1].keys()
     else:
         assert same == list(outs[0])

@@ -253,6 +253,64 @@ def test_blend(alpha: float, pre_dtype: str, ft_dtype: str, hostile: bool, monke
 
 
 @compiled
+@pytest.mark.parametrize("hostile", [False, True])
+@pytest.mark.parametrize(("pre_dtype", "ft_dtype"), PAIRS)
+@pytest.mark.parametrize("sample", [(0, 0), (1 << 18, 1), (3 << 18, 5), (256, 8)])
+def test_compare(
+    sample: tuple[int, int], pre_dtype: str, ft_dtype: str, hostile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in SIZES:
+        pre, ft = pair(pre_dtype, ft_dtype, n, hostile)
+        bins: list[tuple[Array, Array]] = []
+
+        def call(pre: Array = pre, ft: Array = ft, bins: list[tuple[Array, Array]] = bins) -> kernels.Compared:
+            bins.append((np.zeros(kernels.BINS, np.int64), np.zeros(kernels.BINS, np.int64)))
+            return kernels.compare(pre_dtype, pre, ft_dtype, ft, sample, bins[-1])
+
+        got, expected = both(monkeypatch, call)
+        np.testing.assert_allclose((got.delta2, got.weight2), (expected.delta2, expected.weight2), rtol=1e-12)
+        assert (got.same, got.infinite) == (expected.same, expected.infinite)
+        assert (got.max_delta, got.max_ratio) == (expected.max_delta, expected.max_ratio)
+        for with_c, with_numpy in zip(*bins, strict=True):
+            np.testing.assert_array_equal(with_c[:0x7F81], with_numpy[:0x7F81])
+            assert with_c.sum() == with_numpy.sum()
+
+
+@compiled
+@given(
+    values=st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), min_size=1, max_size=600),
+    shift=st.integers(0, 8),
+)
+@settings(max_examples=150, deadline=None)
+def test_compare_on_any_float32(values: list[tuple[float, float]], shift: int) -> None:
+    pre, ft = np.array(values, np.float32).T.copy()
+    found = []
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        for native in (kernels.native, None):
+            patch.setattr(kernels, "native", native)
+            bins = np.zeros(kernels.BINS, np.int64), np.zeros(kernels.BINS, np.int64)
+            measured = kernels.compare("F32", pre, "F32", ft, (512, shift), bins)
+            counts = [part[:0x7F80].tolist() for part in bins]
+            found.append((measured.same, measured.infinite, measured.max_delta, measured.max_ratio, counts))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("shift", range(9))
+def test_one_entry_of_each_stretch_is_drawn_wherever_chunks_begin(shift: int) -> None:
+    n = 1 << 12
+    every = np.arange(n, dtype=np.float32)
+    found = []
+    for size in (n, 256):
+        bins = np.zeros(kernels.BINS, np.int64), np.zeros(kernels.BINS, np.int64)
+        for start in range(0, n, size):
+            part = every[start : start + size].copy()
+            kernels.compare("F32", np.zeros_like(part), "F32", part, (start, shift), bins)
+        found.append(bins[0])
+    assert found[0].sum() == n >> shift
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+@compiled
 @given(
     values=st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), min_size=1, max_size=40),
     ends=st.tuples(st.floats(width=32, allow_nan=False), st.floats(width=32, allow_nan=False)),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from surgery.layout import CATEGORIES, Place, place, unit
+from surgery.layout import CATEGORIES, Place, module, place, unit
 
 # (layer, category, block list or "", side)
 Expected = tuple[int | None, str, str, str]
@@ -371,6 +371,24 @@ def test_buffers(name: str, layer: int | None) -> None:
 )
 def test_unit(name: str, module: str) -> None:
     assert unit(name) == module
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "self_attn.q_proj"),
+        ("model.layers.11.self_attn.q_proj.bias", "self_attn.q_proj"),
+        ("module.model.layers.3._orig_mod.mlp.up_proj.weight", "mlp.up_proj"),
+        ("model.layers.3.mlp.experts.17.up_proj.weight", "mlp.experts.#.up_proj"),
+        ("model.layers.3.mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj"),
+        ("encoder.block.2.layer.1.DenseReluDense.wi.weight", "layer.1.DenseReluDense.wi"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("model.layers.7.weight", "weight"),
+        ("", ""),
+    ],
+)
+def test_module(name: str, expected: str) -> None:
+    assert module(name) == expected
 
 
 def test_categories_are_the_ones_in_use() -> None:

@@ -22,6 +22,8 @@ METHODS = {
     "magnitude": "ft-magnitude-0.9",
     "half-reset": "ft-half-reset-0.5",
     "hma": "ft-hma-0.5",
+    "ties": "ft-ties-0.8",
+    "dare": "ft-dare-0.9",
 }
 PAIR = ("--pre", "pre", "--ft", "ft")
 

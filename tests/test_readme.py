@@ -13,7 +13,7 @@ from surgery.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EDITS = ("fapm", "magnitude", "half-reset", "hma")
+EDITS = ("fapm", "magnitude", "half-reset", "hma", "ties", "dare")
 
 
 def commands() -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Tensors, fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
-from reference.formulas import SCORES, distance_ratio, exact, kept, mean_distance
+from reference.formulas import SCORES, distance_ratio, exact, kept, mean_distance, trimmed
 
 from surgery import __version__, report
 from surgery.edit import prepare, run
@@ -21,6 +21,7 @@ from surgery.methods.half_reset import HalfReset
 from surgery.methods.hma import Hma
 from surgery.methods.magnitude import Magnitude
 from surgery.methods.scope import Scope
+from surgery.methods.ties import Ties
 
 BF16, F32 = torch.bfloat16, torch.float32
 CATEGORIES = {
@@ -37,6 +38,7 @@ RUNS: dict[str, Callable[[], Method]] = {
     "all of pre": lambda: Magnitude(1.0),
     "half-reset": HalfReset,
     "hma": lambda: Hma((0.3, 0.0)),
+    "ties": lambda: Ties(0.7, 0.5),
 }
 
 
@@ -83,6 +85,10 @@ def test_every_number_is_a_recount_of_the_files(
         assert close(line["distance_after"], distance_ratio(out[name], pre[name])), name
         if line["action"] == "averaged":
             assert line["kept"] is line["pruned"] is line["achieved_sparsity"] is None
+            continue
+        if line["action"] == "merged":
+            pruned = int((trimmed(pre[name], ft[name], 0.7) == 0).sum())
+            assert (line["kept"], line["pruned"], line["achieved_sparsity"]) == (None, pruned, pruned / n)
             continue
         if line["action"] == "pruned":
             score = SCORES[document["method"]](pre[name], ft[name])

@@ -33,7 +33,12 @@ FINE = [
 ]
 ENVIRONMENT = {**os.environ, "SURGERY_KERNELS": "numpy"}
 # method -> options
-RUNS = {"fapm": ["--sparsity", "0.8"], "hma": ["--ratios", "0.3,0.1"], "half-reset": ["--seed", "4"]}
+RUNS = {
+    "fapm": ["--sparsity", "0.8"],
+    "hma": ["--ratios", "0.3,0.1"],
+    "half-reset": ["--seed", "4"],
+    "ties": ["--ft", "pre"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +183,7 @@ def test_a_resume_of_another_run_is_refused_and_the_draft_kept(root: Path) -> No
         words("fapm", "--resume", "--allow-nonfinite"),
         words("hma", "--resume"),
         words("fapm", "--resume", "--pre", "ft"),
-        words("fapm", "--resume", "--ft", "pre"),
+        [word.replace("ft", "pre") if word == "ft" else word for word in words("fapm", "--resume")],
     ]
     for other in others:
         done = surgery(*other, cwd=root, SURGERY_KERNELS="numpy")
@@ -194,6 +199,18 @@ def test_a_resume_of_another_run_is_refused_and_the_draft_kept(root: Path) -> No
     assert (done.returncode, "differs in ft" in done.stderr) == (1, True)
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert surgery(*words("fapm", "--resume"), cwd=root, SURGERY_KERNELS="numpy").returncode == 0
+
+
+def test_a_resume_with_another_further_model_is_refused(root: Path) -> None:
+    killed(root, words("ties"), 4)
+    for further, says in ((["--ft", "ft"], "differs in ft 3"), ([], "differs in ft 2")):
+        other = (
+            words("ties", "--resume", *further)
+            if further
+            else [*words("ties", "--resume")[:-3], "--ft", "ft", "--resume"]
+        )
+        done = surgery(*other, cwd=root, SURGERY_KERNELS="numpy")
+        assert (done.returncode, says in done.stderr) == (1, True), done.stderr
 
 
 def test_a_fresh_run_replaces_a_killed_draft(root: Path) -> None:

@@ -11,12 +11,21 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.checksum import Checksum
+from surgery.checkpoint.durable import (
+    explained,
+    lock,
+    postponed,
+    same_file,
+    sync_file,
+    sync_folder,
+    uninterrupted,
+)
 from surgery.checkpoint.header import encode_header
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import OutputError
@@ -124,7 +133,7 @@ class Draft:
     def __enter__(self) -> Draft:
         try:
             # Ctrl-C waits until it is known what there is to remove.
-            with _explained(self.folder), _postponed():
+            with explained(self.folder), postponed():
                 self._make_folder()
                 self._open_journal(self.resume)
                 self._open_shards(self.extra)
@@ -136,7 +145,7 @@ class Draft:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _uninterrupted():
+        with uninterrupted():
             self._stop_syncer()
             if not self.committed:
                 self._discard()
@@ -157,28 +166,30 @@ class Draft:
         """Add headers, files and copies, make everything durable, and let the output appear.
 
         Args:
-            files: name -> content.
-            copies: name in the output, which may have a folder in it -> file to copy.
+            files: name in the output, which may have a folder in it -> content.
+            copies: likewise -> file to copy.
         """
         self._stop_syncer()
-        with _explained(self.folder):
+        with explained(self.folder):
             if self.failure is not None:
                 raise self.failure
             for name, path in copies.items():
                 target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-                _sync_file(target)
+                sync_file(target)
             for name, content in files.items():
-                (self.folder / name).write_bytes(content)
-                _sync_file(self.folder / name)
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+                sync_file(target)
             for name, header in self.headers.items():
                 _write(self.files[name], header, 0)
                 os.fsync(self.files[name])
-                if not _same_file(self.files[name], self.folder / name):
+                if not same_file(self.files[name], self.folder / name):
                     raise OutputError(f"{self.folder / name}: was removed while surgery wrote it. Run it again.")
-            _sync_folder(self.folder)
-            with _uninterrupted():
+            sync_folder(self.folder)
+            with uninterrupted():
                 self._appear()
 
     def _appear(self) -> None:
@@ -198,8 +209,8 @@ class Draft:
         # Only now: until the folder has its name, the journal's lock keeps other runs out of it.
         with contextlib.suppress(OSError):
             (self.out / JOURNAL).unlink()
-            _sync_folder(self.out)
-            _sync_folder(self.out.parent)
+            sync_folder(self.out)
+            sync_folder(self.out.parent)
         self._close()
         shutil.rmtree(old, ignore_errors=True)
 
@@ -214,7 +225,7 @@ class Draft:
         path = self.folder / JOURNAL
         # "a" creates without truncating: the lock comes before the first change.
         journal = path.open("a+b")
-        if not _lock(journal.fileno()) or not _same_file(journal.fileno(), path):
+        if not lock(journal.fileno()) or not same_file(journal.fileno(), path):
             journal.close()
             raise OutputError(f"{self.out}: another surgery run is writing it. Wait for it or choose another --out.")
         self.journal, self.locked = journal, True
@@ -291,7 +302,7 @@ class Draft:
 
     def _discard(self) -> None:
         """Remove what this run made; nothing where another run holds the draft."""
-        with _uninterrupted():
+        with uninterrupted():
             if self.locked:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self._close()
@@ -305,10 +316,12 @@ class Sink:
 
     def __init__(self, file: int, begin: int, lock: threading.Lock) -> None:
         self.file, self.begin, self.lock = file, begin, lock
+        self.checksum = Checksum()
 
     def write(self, offset: int, data: Any) -> None:
-        """Put bytes at an offset from the tensor's first byte."""
+        """Put bytes at an offset from the tensor's first byte; each byte once."""
         view = memoryview(data).cast("B")
+        self.checksum.add(offset, view)
         # One writer a file: the kernel's own lock would let the others spin.
         for start in range(0, len(view), WRITE_BYTES):
             with self.lock:
@@ -332,94 +345,3 @@ def _records(lines: list[bytes]) -> dict[str, dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             break
     return records
-
-
-def _lock(file: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # no such lock on Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _same_file(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def _postponed() -> Iterator[None]:
-    """Ctrl-C is heard at the end."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        handler(pressed[0], None)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C is not heard in here, where it would leave something half done."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise explain(error, folder) from error
-
-
-def explain(error: OSError, folder: Path) -> OutputError:
-    """An operating system's error while writing, as a sentence with a way out."""
-    import errno
-
-    where = error.filename or folder
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{folder}: the disk is full. Make room or choose another --out; nothing was left behind.")
-    if error.errno == errno.EFBIG:
-        return OutputError(
-            f"{where}: the file system, or a limit (ulimit -f), allows no file as large. Choose another --out; nothing was left "
-            "behind."
-        )
-    if isinstance(error, PermissionError):
-        return OutputError(f"{where}: no permission to write there. Choose another --out.")
-    return OutputError(f"{where}: {error.strerror or error}. Nothing was left behind.")

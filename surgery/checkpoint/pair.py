@@ -62,7 +62,7 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     for checkpoint in (pre, ft):
         for tensor in checkpoint.tensors.values():
             _refuse_quantized(tensor)
-    names, prefix_note = _align(pre.tensors, ft.tensors)
+    names, prefix_note = align(pre.tensors, ft.tensors)
     base = {name: pre.tensors[names[name]] for name in ft.tensors if name in names}
     notes = [prefix_note] if prefix_note else []
     if not base:
@@ -92,6 +92,44 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     return Pair(pre, ft, items, notes)
 
 
+def likes(first: Pair, other: Pair, names: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a further fine-tuned model that came from the same bases as some of the first one's.
+
+    Args:
+        first, other: each paired with the same pre.
+        names: in first's ft.
+
+    Returns:
+        For each name the other's tensor, with as many rows as pre has; and what the user should know.
+
+    Raises:
+        PairError: one is missing, or has another shape.
+    """
+    # Two tensors may have one base: an embedding and the head that is tied to it.
+    found = {(item.pre.name, item.place.category): item.ft for item in other.items if item.pre}
+    taken = {}
+    for item in first.items:
+        if item.pre is None or item.ft.name not in names:
+            continue
+        tensor = found.get((item.pre.name, item.place.category))
+        if tensor is None:
+            raise PairError(
+                f"{item.ft.name} is in {first.ft.folder} but not in {other.ft.folder}: leave it out with --exclude, or merge "
+                "models that have the same tensors."
+            )
+        if tensor.shape != item.ft.shape:
+            raise PairError(
+                f"{item.ft.name} has shape {list(item.ft.shape)} in {item.ft.path} and {list(tensor.shape)} in {tensor.path}: "
+                "leave it out with --exclude, or merge models of one vocabulary."
+            )
+        taken[item.ft.name] = tensor if tensor.shape == item.pre.shape else tensor.rows(0, item.pre.shape[0])
+    held = {item.ft.name for item in first.items} | {
+        item.ft.name for item in other.items if item.pre or item.place.buffer
+    }
+    alone = _without(other.ft.tensors, held)
+    return taken, [f"{_some(alone, 'is', 'are')} in {other.ft.folder} alone: left out."] if alone else []
+
+
 def _without(tensors: Mapping[str, Tensor], taken: Collection[str]) -> list[str]:
     return [name for name in tensors if name not in taken]
 
@@ -108,7 +146,7 @@ def _refuse_quantized(tensor: Tensor) -> None:
         )
 
 
-def _align(pre: Mapping[str, Tensor], ft: Mapping[str, Tensor]) -> tuple[dict[str, str], str | None]:
+def align(pre: Collection[str], ft: Collection[str]) -> tuple[dict[str, str], str | None]:
     """Names in ft -> names in pre, by a prefix that one side has and the other lacks where that matches more."""
     same = {name: name for name in ft if name in pre}
     if len(same) == len(ft):
@@ -135,8 +173,11 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 def _tie_head(pre: Checkpoint, ft: Checkpoint, base: dict[str, Tensor]) -> list[str]:
     if any(place(name).category == "head" and len(tensor.shape) == 2 for name, tensor in pre.tensors.items()):
         return []
+    # By the shape in ft, whose vocabulary may be larger than pre's.
     embeddings = {
-        tensor.shape: tensor for name, tensor in reversed(pre.tensors.items()) if place(name).category == "embedding"
+        ft.tensors[name].shape: tensor
+        for name, tensor in reversed(base.items())
+        if place(name).category == "embedding" and tensor.shape[1:] == ft.tensors[name].shape[1:]
     }
     notes = []
     for name, tensor in ft.tensors.items():
@@ -225,8 +266,9 @@ def _kind(name: str) -> str:
 
 def _one_sided(pre_only: list[str], ft_only: list[str]) -> list[str]:
     notes = []
-    if ft_only:
-        notes.append(f"{_some(ft_only, 'is', 'are')} in ft alone: copied.")
+    copied = [name for name in ft_only if not place(name).buffer]
+    if copied:
+        notes.append(f"{_some(copied, 'is', 'are')} in ft alone: copied.")
     left_out = [name for name in pre_only if not place(name).buffer]
     if left_out:
         notes.append(f"{_some(left_out, 'is', 'are')} in pre alone: left out, as in ft.")

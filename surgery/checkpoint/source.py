@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.formats import ADAPTER, BY_ENDING, GGUF, META, PYTORCH, SAFETENSORS, Choice, choose
 from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.hub import Source, resolve
+from surgery.checkpoint.json_file import read_json
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, PairError
 
@@ -123,37 +123,17 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None) -> Check
         elif choice.format == ADAPTER:
             from surgery.checkpoint.formats import adapter
 
-            tensors = adapter.read(*files.values(), other.tensors)
+            config, weights = files.values()
+            tensors = adapter.read(config, weights, other.tensors)
             files |= {f"base/{name}": path for name, path in other.files.items()}
             container = other.container if other.tensors.keys() == tensors.keys() else None
         else:
             from surgery.checkpoint.formats import gguf
 
-            tensors = gguf.read(*files.values(), other.tensors)
+            tensors = gguf.read(folder / choice.files[0], other.tensors)
     if not tensors:
         raise CheckpointError(f"{folder}: the checkpoint holds no tensor.")
     return Checkpoint(source, choice.format, tensors, files, container)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is none.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Download or save the checkpoint again.") from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: is not valid JSON. Download or save it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: should hold a JSON object.")
-    return value
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -33,8 +33,8 @@ BITS = {**FLOAT_BITS, **INTEGER_BITS, **QUANTIZED_BITS, "C64": 64}
 class Handle(Protocol):
     """Data while it is open, for one thread."""
 
-    def read(self, offset: int, view: memoryview) -> int:
-        """Fill the view with the bytes from an offset on; return how many bytes of files that took.
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fill the view with the bytes from an offset on.
 
         Raises:
             EOFError: a file ends before.
@@ -118,26 +118,31 @@ class Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.handle.close()
+        self.close()
 
     def rows(self, first: int, last: int) -> Reader:
         """A reader of the slice [first, last) of the outermost dimension, open as long as this one."""
         return Reader(self.tensor.rows(first, last), self.handle)
 
     def fill(self, offset: int, view: memoryview) -> int:
-        """Read as many bytes as the view holds, from an offset within the tensor on; return what was read from files.
+        """Read as many bytes as the view holds, from an offset within the tensor on; return that number.
 
         Raises:
             CheckpointError: a file ends before, or cannot be read.
         """
         try:
-            return self.handle.read(self.tensor.start + offset, view)
+            self.handle.read(self.tensor.start + offset, view)
         except EOFError:
             raise CheckpointError(
                 f"{self.tensor.path}: ends in the middle of tensor {self.tensor.name}: it changed while it was read."
             ) from None
         except OSError as error:
             raise CheckpointError(f"{self.tensor.path}: cannot be read ({error.strerror}).") from error
+        return len(view)
+
+    def close(self) -> None:
+        """Let go of files and memory."""
+        self.handle.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +162,9 @@ class OpenSpan:
     def __init__(self, file: BinaryIO, begin: int) -> None:
         self.file, self.begin = file, begin
 
-    def read(self, offset: int, view: memoryview) -> int:
+    def read(self, offset: int, view: memoryview) -> None:
         self.file.seek(self.begin + offset)
         read_into(self.file, view)
-        return len(view)
 
     def close(self) -> None:
         self.file.close()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from surgery import __version__
-from surgery.commands import demo, edit
+from surgery.commands import delta, demo, diff, edit
 
 app = typer.Typer(
     name="surgery",
@@ -36,4 +36,6 @@ def _root(
 
 
 edit.register(app)
+delta.register(app)
 demo.register(app)
+diff.register(app)

@@ -1,4 +1,4 @@
-"""The commands that write an edited checkpoint: fapm, magnitude, half-reset, hma."""
+"""The commands that write an edited checkpoint: fapm, magnitude, half-reset, hma, ties, dare."""
 
 import inspect
 import sys
@@ -38,11 +38,36 @@ Group = Annotated[
         help="What has a threshold of its own: [b]tensor[/b], or [b]expert[/b], each one of a stacked [E, …] tensor."
     ),
 ]
+Lam = Annotated[float, typer.Option(help="λ, the factor of the merged task vector.")]
+# A list everywhere, since a single option given twice would silently be the last.
+Tuned = Annotated[
+    list[str],
+    typer.Option(
+        help="The fine-tuned model or LoRA adapter, likewise. Repeatable for ties and dare: what is not merged is the first's.",
+        show_default=False,
+    ),
+]
+Pre = Annotated[
+    str,
+    typer.Option(
+        help="The pre-trained model: a folder, a file, or a hub id with an optional @revision.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf of edited tensors pass.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse tensors or vocabulary rows that only one side has.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N. [b]auto[/b] is the processor: it keeps up with its disk, so a GPU waits too."
+    ),
+]
+Workers = Annotated[int | None, typer.Option(help="Threads.", show_default="one for each core, at most 8")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    for name, make_method in (("fapm", _fapm), ("magnitude", _magnitude), ("half-reset", _half_reset), ("hma", _hma)):
+    for name, make_method in MAKERS.items():
         app.command(name)(_with_common_options(make_method))
 
 
@@ -128,6 +153,47 @@ def _hma(
     return Hma(numbers)
 
 
+def _ties(
+    sparsity: Annotated[
+        float,
+        typer.Option(help="Share of each task vector's entries that is trimmed, from 0 to 1: those that moved least."),
+    ] = 0.8,
+    lam: Lam = 1.0,
+    scope: ScopeName = "all",
+    rest: Rest = "ft",
+    include: Include = None,
+    exclude: Exclude = None,
+) -> "Method":
+    """Merge task vectors by TIES: trim each, elect a sign for every entry, average those that agree.
+
+    out = pre + λ · mean of the trimmed ft − pre that have the sign of their sum. Per tensor and --ft, round(sparsity · n) entries
+    are trimmed, and with them those tied with the last. With one --ft and λ = 1 this is magnitude pruning.
+    """
+    from surgery.methods.ties import Ties
+
+    return Ties(sparsity, lam, _scope(scope, rest, include, exclude))
+
+
+def _dare(
+    drop_rate: Annotated[
+        float, typer.Option(help="p: each entry of a task vector is dropped with this probability, from 0 to 1.")
+    ] = 0.9,
+    lam: Lam = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw. The same seed drops the same entries on any machine.")] = 0,
+    scope: ScopeName = "all",
+    rest: Rest = "ft",
+    include: Include = None,
+    exclude: Exclude = None,
+) -> "Method":
+    """Drop a random share of each task vector, rescale the rest by 1 / (1 − p), and add them to pre.
+
+    out = pre + λ · Σ τ̂, over the --ft given.
+    """
+    from surgery.methods.dare import Dare
+
+    return Dare(drop_rate, lam, seed, _scope(scope, rest, include, exclude))
+
+
 def _scope(scope: str, rest: str, include: list[str] | None, exclude: list[str] | None) -> "Scope":
     from surgery.methods.scope import Scope
 
@@ -136,36 +202,22 @@ def _scope(scope: str, rest: str, include: list[str] | None, exclude: list[str] 
 
 def _edit(
     method: "Method",
-    pre: Annotated[
-        str,
-        typer.Option(
-            help="The pre-trained model: a folder, a file, or a hub id with an optional @revision.", show_default=False
-        ),
-    ],
-    ft: Annotated[str, typer.Option(help="The fine-tuned model or LoRA adapter, likewise.", show_default=False)],
+    pre: Pre,
+    ft: Tuned,
     out: Annotated[
         Path | None, typer.Option(help="Output folder.", show_default="beside ft, named after the method")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at the output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf of edited tensors pass.")
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse tensors or vocabulary rows that only one side has.")
-    ] = False,
+    as_json: AsJson = False,
+    allow_nonfinite: AllowNonfinite = False,
+    strict: Strict = False,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Largest file of the output.", show_default="as ft is cut, else 5GB")
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="auto, cpu, cuda or cuda:N. [b]auto[/b] is the processor: it keeps up with its disk, so a GPU waits too."
-        ),
-    ] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Threads.", show_default="one for each core, at most 8")] = None,
+    device: Device = "auto",
+    workers: Workers = None,
 ) -> None:
     from surgery import display
     from surgery.edit import check_machine, prepare, run
@@ -209,3 +261,14 @@ def _with_common_options(make_method: "Callable[..., Method]") -> Callable[..., 
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = make_method.__doc__
     return command
+
+
+# What makes each method from its own options.
+MAKERS: dict[str, "Callable[..., Method]"] = {
+    "fapm": _fapm,
+    "magnitude": _magnitude,
+    "half-reset": _half_reset,
+    "hma": _hma,
+    "ties": _ties,
+    "dare": _dare,
+}

@@ -7,23 +7,23 @@ page cache, so that the peak depends on neither the model nor its largest tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from surgery import kernels
-from surgery.actions import Blend, Keep, Prune, Reset
+from surgery.actions import Blend, Keep, Merge, Prune, Reset
 from surgery.checkpoint.tensor import Reader, Tensor
+from surgery.engines.chunks import CHUNK, Chunks, Sides
+from surgery.engines.merge import merge
 from surgery.engines.plan import Step
-from surgery.engines.results import Result
+from surgery.engines.results import Result, Sums
 from surgery.errors import CheckpointError
 from surgery.kernels import RAW, Array, Distance, Floats
 from surgery.selection import Search, rank
 
-# Entries of a chunk: both raw chunks stay in a core's second cache, and the interpreter lock changes hands seldom.
-CHUNK = 1 << 18
 COPY_BYTES = 1 << 20
 # Entries of each run of the sample that brackets a threshold.
 RUN = 512
@@ -59,7 +59,7 @@ class CpuEngine:
     def __init__(self, tick: Callable[[int], None], *, allow_nonfinite: bool = False) -> None:
         self.tick = tick
         self.allow_nonfinite = allow_nonfinite
-        self.raw_pre, self.raw_ft = bytearray(8 * CHUNK), bytearray(8 * CHUNK)
+        self.chunks = Chunks(tick)
         self.copying = bytearray(COPY_BYTES)
         self.output = bytearray(8 * CHUNK)
 
@@ -74,12 +74,14 @@ class CpuEngine:
                 finite = self._copy(ft, sink)
                 return Result(nonfinite=not finite and not step.place.buffer)
             with step.pre.open() as pre:
-                sides = _Sides(step.pre, step.shared, pre, ft)
+                sides = Sides(step.pre, step.shared, pre, ft)
                 match step.action:
                     case Prune() as action:
                         result = self._prune_groups(action, sides, sink)
                     case Blend() as action:
                         result = self._blend(action, sides, sink)
+                    case Merge() as action:
+                        result = merge(self, action, sides, step.others, sink)
                     case Keep() | Reset() as action:
                         result = self._take(action, sides, sink)
             result = checked(step, result, allow_nonfinite=self.allow_nonfinite)
@@ -110,48 +112,49 @@ class CpuEngine:
             sink.write(start, view)
         return bool(np.isfinite(total))
 
-    def _take(self, action: Keep | Reset, sides: _Sides, sink: Sink) -> Result:
-        pre, ft, sums = sides.pre, sides.ft, _Sums()
-        for start, base, tuned in self._chunks(sides):
+    def _take(self, action: Keep | Reset, sides: Sides, sink: Sink) -> Result:
+        pre, ft, sums = sides.pre, sides.ft, Sums()
+        for start, base, tuned in self.chunks.read(sides):
             before = after = kernels.distance(pre.dtype, base, ft.dtype, tuned)
             if isinstance(action, Reset):
-                tuned = self._cast(base, pre, ft)
+                tuned = self.cast(base, pre, ft)
                 after = SAME if pre.dtype == ft.dtype else kernels.distance(pre.dtype, base, ft.dtype, tuned)
             sums.add(before, after.delta2, after.differ)
             sink.write(start * tuned.itemsize, memoryview(tuned))
         kept = ft.entries if isinstance(action, Keep) else 0
         return sums.result(kept, ft.entries - kept)
 
-    def _blend(self, action: Blend, sides: _Sides, sink: Sink) -> Result:
-        sums = _Sums()
-        for start, base, tuned in self._chunks(sides):
-            out = self._out(tuned)
+    def _blend(self, action: Blend, sides: Sides, sink: Sink) -> Result:
+        sums = Sums()
+        for start, base, tuned in self.chunks.read(sides):
+            out = self.out(tuned)
             before, after = kernels.blend(action.alpha, sides.pre.dtype, base, sides.ft.dtype, tuned, out)
             sums.add(before, after.delta2, after.differ)
             sink.write(start * out.itemsize, memoryview(out))
         return sums.result(None, None)
 
-    def _prune_groups(self, action: Prune, sides: _Sides, sink: Sink) -> Result:
+    def _prune_groups(self, action: Prune, sides: Sides, sink: Sink) -> Result:
         if action.groups == 1:
-            return self._prune(action, sides, sink)
+            return self.prune(action, sides, sink)
         rows = sides.ft.shape[0] // action.groups
         total = Result(0, 0, 0, 0.0, 0.0, 0.0)
         for first in range(0, sides.ft.shape[0], rows):
             group = sides.rows(first, first + rows)
-            total += self._prune(action, group, Shifted(sink, group.ft.start - sides.ft.start))
+            total += self.prune(action, group, Shifted(sink, group.ft.start - sides.ft.start))
         return total
 
-    def _prune(self, action: Prune, sides: _Sides, sink: Sink) -> Result:
+    def prune(self, action: Prune, sides: Sides, sink: Sink) -> Result:
+        """Carry out a pruning of one group: ft where the score is above the threshold, else pre."""
         pre, ft, n = sides.pre, sides.ft, sides.ft.entries
         r = rank(action.sparsity, n)
         if r in (0, n):
             return self._take(Keep() if r == 0 else Reset(), sides, sink)
-        mean = self._mean(sides) if action.uses_mean else np.float32(0)
-        threshold = self._threshold(action, mean, r, sides)
-        sums, kept = _Sums(), 0
-        for start, base, tuned in self._chunks(sides):
-            out = self._out(tuned)
-            cast = self._cast(base, pre, ft)
+        mean = self.chunks.mean(sides) if action.uses_mean else np.float32(0)
+        threshold = self.threshold(action, mean, r, sides)
+        sums, kept = Sums(), 0
+        for start, base, tuned in self.chunks.read(sides):
+            out = self.out(tuned)
+            cast = self.cast(base, pre, ft)
             done = kernels.prune(action, mean, threshold, pre.dtype, base, cast, ft.dtype, tuned, out)
             if pre.dtype == ft.dtype:
                 sums.add(done.before, done.kept2, done.changed)
@@ -162,7 +165,7 @@ class CpuEngine:
             sink.write(start * out.itemsize, memoryview(out))
         return sums.result(kept, n - kept)
 
-    def _threshold(self, action: Prune, mean: np.float32, r: int, sides: _Sides) -> np.float32:
+    def threshold(self, action: Prune, mean: np.float32, r: int, sides: Sides) -> np.float32:
         """The r-th smallest score, exactly."""
         pre, ft = sides.pre, sides.ft
         search = Search(self._sample(action, mean, sides), ft.entries, r)
@@ -170,7 +173,7 @@ class CpuEngine:
             bracket = search.bracket()
             counts = [
                 kernels.count(action, mean, bracket, pre.dtype, base, ft.dtype, tuned)
-                for _, base, tuned in self._chunks(sides, backwards=True)
+                for _, base, tuned in self.chunks.read(sides, backwards=True)
             ]
             search.narrow(
                 sum(part.above_low for part in counts),
@@ -179,17 +182,7 @@ class CpuEngine:
             )
         return search.threshold
 
-    def _mean(self, sides: _Sides) -> np.float32:
-        """mean |W_pre|: summed in float64, then float32."""
-        pre, total, itemsize = sides.pre, 0.0, RAW[sides.pre.dtype].itemsize
-        for start in range(0, pre.entries, CHUNK):
-            count = min(CHUNK, pre.entries - start)
-            view = memoryview(self.raw_pre)[: count * itemsize]
-            self.tick(sides.read_pre.fill(start * itemsize, view))
-            total += kernels.abs_sum(pre.dtype, np.frombuffer(view, RAW[pre.dtype]))
-        return np.float32(total / pre.entries)
-
-    def _sample(self, action: Prune, mean: np.float32, sides: _Sides) -> Floats:
+    def _sample(self, action: Prune, mean: np.float32, sides: Sides) -> Floats:
         """Scores of short runs from all over the tensor, [runs, RUN]; of the whole tensor, [1, n], when it is small."""
         pre, ft, n = sides.pre, sides.ft, sides.ft.entries
         runs = min(max(n >> 15, 128), 512)
@@ -212,29 +205,16 @@ class CpuEngine:
         scores: Floats = action.score(delta, weight, mean)
         return scores.reshape(len(starts), length)
 
-    def _chunks(self, sides: _Sides, *, backwards: bool = False) -> Iterator[tuple[int, Array, Array]]:
-        """(start, raw pre, raw ft) of each chunk; the arrays are overwritten by the next.
-
-        A pass that goes the other way than the one before begins with what that one left in the cache.
-        """
-        pre, ft = sides.pre, sides.ft
-        pre_type, ft_type = RAW[pre.dtype], RAW[ft.dtype]
-        starts = range(0, ft.entries, CHUNK)
-        for start in reversed(starts) if backwards else starts:
-            count = min(CHUNK, ft.entries - start)
-            base = memoryview(self.raw_pre)[: count * pre_type.itemsize]
-            tuned = memoryview(self.raw_ft)[: count * ft_type.itemsize]
-            self.tick(
-                sides.read_pre.fill(start * pre_type.itemsize, base)
-                + sides.read_ft.fill(start * ft_type.itemsize, tuned)
-            )
-            yield start, np.frombuffer(base, pre_type), np.frombuffer(tuned, ft_type)
-
-    def _out(self, tuned: Array) -> Array:
+    def out(self, tuned: Array) -> Array:
         """A chunk to write, of tuned's type and length; the next one overwrites it."""
         return np.frombuffer(self.output, tuned.dtype, len(tuned))
 
-    def _cast(self, base: Array, pre: Tensor, ft: Tensor) -> Array:
+    def cast(self, base: Array, pre: Tensor, ft: Tensor) -> Array:
+        """A raw chunk of pre in ft's type.
+
+        Raises:
+            CheckpointError: a number does not fit.
+        """
         if pre.dtype == ft.dtype:
             return base
         cast = kernels.narrow(kernels.widen(pre.dtype, base), ft.dtype)
@@ -253,42 +233,10 @@ def checked(step: Step, result: Result, *, allow_nonfinite: bool) -> Result:
         CheckpointError: it was met in a tensor that is edited.
     """
     sums = (result.before2 or 0.0) + (result.weight2 or 0.0)
-    result.nonfinite = not np.isfinite(sums)
+    result.nonfinite = result.nonfinite or not np.isfinite(sums)
     if result.nonfinite and not allow_nonfinite and step.pre and not isinstance(step.action, Keep):
         raise CheckpointError(
             f"{step.ft.name} holds NaN or Inf, in {step.ft.path} or in {step.pre.path}. Repair it, or allow it with "
             "--allow-nonfinite."
         )
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """A tensor of pre and its like of ft, open."""
-
-    pre: Tensor
-    ft: Tensor
-    read_pre: Reader
-    read_ft: Reader
-
-    def rows(self, first: int, last: int) -> _Sides:
-        """The same of a slice [first, last) of the outermost dimension."""
-        pre, ft = self.read_pre.rows(first, last), self.read_ft.rows(first, last)
-        return _Sides(pre.tensor, ft.tensor, pre, ft)
-
-
-class _Sums:
-    """The running sums of one tensor."""
-
-    def __init__(self) -> None:
-        self.before2 = self.after2 = self.weight2 = 0.0
-        self.differ = 0
-
-    def add(self, before: Distance, after2: float, differ: int) -> None:
-        self.before2 += before.delta2
-        self.weight2 += before.weight2
-        self.after2 += after2
-        self.differ += differ
-
-    def result(self, kept: int | None, pruned: int | None) -> Result:
-        return Result(kept, pruned, self.differ, self.before2, self.after2, self.weight2)

@@ -14,7 +14,7 @@ class Step:
     """A tensor to write; pre is None where only ft has the tensor.
 
     Where fine-tuning added rows to the vocabulary, pre has fewer rows than ft: those are edited, the others are ft's.
-    `others` are the like tensors of further fine-tuned models, for a merge.
+    `others` are the like tensors of further fine-tuned models, for a merge, with as many rows as pre has.
     """
 
     ft: Tensor

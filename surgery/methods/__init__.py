@@ -7,10 +7,12 @@ from typing import ClassVar, Protocol
 
 from surgery.actions import Action
 from surgery.checkpoint.pair import Item
+from surgery.methods.dare import Dare
 from surgery.methods.fapm import Fapm
 from surgery.methods.half_reset import HalfReset
 from surgery.methods.hma import Hma
 from surgery.methods.magnitude import Magnitude
+from surgery.methods.ties import Ties
 
 
 class Method(Protocol):
@@ -33,6 +35,8 @@ class Method(Protocol):
         """
 
 
-__all__ = ["METHODS", "Fapm", "HalfReset", "Hma", "Magnitude", "Method"]
+__all__ = ["MERGES", "METHODS", "Dare", "Fapm", "HalfReset", "Hma", "Magnitude", "Method", "Ties"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Fapm, Magnitude, HalfReset, Hma)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Fapm, Magnitude, HalfReset, Hma, Ties, Dare)}
+# Those that take several fine-tuned models.
+MERGES = (Ties, Dare)

@@ -47,12 +47,12 @@ class Scope:
                     raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}.") from None
 
 
-def plan_pruning(items: Sequence[Item], scope: Scope, prune: Prune, group: str) -> list[Action]:
-    """Prune what is in scope; the rest follows `scope.rest`.
+def plan_pruning(items: Sequence[Item], scope: Scope, action: Action, group: str) -> list[Action]:
+    """Prune what is in scope, or whatever else the action is; the rest follows `scope.rest`.
 
     Args:
-        group: what has a threshold of its own: "tensor", or "expert" for each expert of a stacked [E, …] tensor, as if it were
-            stored by itself.
+        group: of a Prune, what has a threshold of its own: "tensor", or "expert" for each expert of a stacked [E, …] tensor, as
+            if it were stored by itself.
 
     Raises:
         OptionError: a pattern matches no tensor, or nothing is left in scope.
@@ -73,12 +73,14 @@ def plan_pruning(items: Sequence[Item], scope: Scope, prune: Prune, group: str) 
     if not any(map(in_scope, items)):
         raise OptionError("No tensor is in scope, so there is nothing to prune: see --scope, --include and --exclude.")
     rest = Reset() if scope.rest == "pre" else Keep()
-    return [_grouped(item, prune, group) if in_scope(item) else rest if item.editable else Keep() for item in items]
+    return [_grouped(item, action, group) if in_scope(item) else rest if item.editable else Keep() for item in items]
 
 
-def _grouped(item: Item, prune: Prune, group: str) -> Prune:
+def _grouped(item: Item, action: Action, group: str) -> Action:
     stacked = len(item.ft.shape) == 3 and item.place.category == "feed_forward" and item.ft.shape[0] > 0
-    return replace(prune, groups=item.ft.shape[0]) if stacked and group == "expert" else prune
+    if isinstance(action, Prune) and stacked and group == "expert":
+        return replace(action, groups=item.ft.shape[0])
+    return action
 
 
 def _matches(option: str, pattern: str, names: Sequence[str]) -> set[str]:
@@ -92,6 +94,12 @@ def share(option: str, value: float) -> None:
     """Raise OptionError unless value lies in [0, 1]."""
     if not 0 <= value <= 1:  # NaN fails too
         raise OptionError(f"--{option} must be between 0 and 1, not {value}.")
+
+
+def finite(option: str, value: float) -> None:
+    """Raise OptionError unless value is a number."""
+    if not math.isfinite(value):
+        raise OptionError(f"--{option} must be a finite number, not {value}.")
 
 
 def one_of(option: str, value: str, choices: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from surgery.errors import CheckpointError, PairError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Q = "model.layers.0.self_attn.q_proj.weight"
+NORM = "model.norm.weight"
 
 
 def paired(folder: Path, pre: Tensors, ft: Tensors) -> Pair:
@@ -82,7 +83,7 @@ def test_rotary_buffers_on_one_side_are_no_error(side: str, tmp_path: Path) -> N
     sides[side] |= buffer
     found = paired(tmp_path, sides["pre"], sides["ft"])
     assert bases(found).get(*buffer) is None
-    assert all("alone" not in note or side == "ft" for note in found.notes)
+    assert found.notes == []
 
 
 def test_a_name_that_no_rule_knows_is_reported_and_not_editable(tmp_path: Path) -> None:
@@ -99,6 +100,8 @@ def test_a_name_that_no_rule_knows_is_reported_and_not_editable(tmp_path: Path) 
         ({}, {Q: None}, f"{Q} is in .* but missing from .*ft"),
         ({}, {EMBEDDING: None}, f"{EMBEDDING} is in .* but missing"),
         ({}, {Q: torch.zeros(8, 16)}, rf"{Q} has shape \[8, 16\] in .*ft.* and \[16, 16\] in .*pre"),
+        ({}, {EMBEDDING: torch.zeros(64, 8)}, rf"{EMBEDDING} has shape"),
+        ({}, {NORM: torch.zeros(8)}, rf"{NORM} has shape"),
         ({"steps": torch.zeros(2)}, {"steps": torch.zeros(2, dtype=torch.int64)}, "steps is I64 in .*ft.* and F32 in"),
     ],
 )
@@ -125,3 +128,89 @@ def test_codes_instead_of_numbers_are_refused(side: str, dtype: torch.dtype, tmp
     sides[side][Q] = torch.zeros(16, 16, dtype=dtype)
     with pytest.raises(CheckpointError, match=rf"{side}.*: {Q} is quantized .*Dequantize"):
         paired(tmp_path, sides["pre"], sides["ft"])
+
+
+@pytest.mark.parametrize(("pre_rows", "ft_rows"), [(64, 70), (70, 64)])
+def test_of_a_vocabulary_that_grew_or_was_padded_the_shared_rows_are_paired(
+    pre_rows: int, ft_rows: int, tmp_path: Path
+) -> None:
+    def sized(rows: int) -> Tensors:
+        return tiny_llama() | {name: torch.randn(rows, 16).bfloat16() for name in (EMBEDDING, HEAD)}
+
+    found = paired(tmp_path, sized(pre_rows), sized(ft_rows))
+    for item in found.items:
+        if item.ft.name in (EMBEDDING, HEAD):
+            assert item.pre
+            assert (item.pre.shape, item.ft.shape) == ((64, 16), (ft_rows, 16))
+    assert sum("64 rows on both sides and 6 more in " in note for note in found.notes) == 2
+
+
+def test_a_head_that_fts_larger_vocabulary_untied_is_paired_with_pres_embedding(tmp_path: Path) -> None:
+    grown = {name: torch.randn(70, 16).bfloat16() for name in (EMBEDDING, HEAD)}
+    assert bases(paired(tmp_path, without(tiny_llama(), HEAD), tiny_llama() | grown))[HEAD] == EMBEDDING
+
+
+@pytest.mark.parametrize(
+    ("pre", "ft", "says"),
+    [
+        ({}, {HEAD: None}, f"{HEAD} is in pre alone"),
+        ({HEAD: None}, {HEAD: torch.zeros(3, 16)}, f"{HEAD} is in ft alone"),
+        ({}, {EMBEDDING: torch.zeros(66, 16)}, f"{EMBEDDING} has 64 rows on both sides and 2 more in ft"),
+    ],
+)
+def test_strict_refuses_what_is_otherwise_noted(
+    pre: dict[str, torch.Tensor | None], ft: dict[str, torch.Tensor | None], says: str, tmp_path: Path
+) -> None:
+    sides = [
+        {name: tensor for name, tensor in (tiny_llama() | changes).items() if tensor is not None}
+        for changes in (pre, ft)
+    ]
+    assert any(says in note for note in paired(tmp_path, *sides).notes)
+    opened = [open_checkpoint(resolve(str(tmp_path / side), companions=False)) for side in ("pre", "ft")]
+    with pytest.raises(PairError, match=says.replace(".", r"\.") + ".*--strict"):
+        pair(*opened, strict=True)
+
+
+def test_strict_allows_what_matches(tmp_path: Path) -> None:
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    paired(tmp_path, tiny_llama(), tiny_llama() | buffer)
+    opened = [open_checkpoint(resolve(str(tmp_path / side), companions=False)) for side in ("pre", "ft")]
+    assert pair(*opened, strict=True).notes == []
+
+
+FUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"),
+    "gate_up": (("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj"),
+}
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("side", ["pre", "ft"])
+def test_fused_against_split_projections_are_refused(side: str, fused: str, tmp_path: Path) -> None:
+    parts, whole = FUSED[fused]
+    split = tiny_llama()
+    joined = without(split, *(f"model.layers.{layer}.{part}.weight" for layer in range(2) for part in parts))
+    for layer in range(2):
+        pieces = [split[f"model.layers.{layer}.{part}.weight"] for part in parts]
+        joined[f"model.layers.{layer}.{whole}.weight"] = torch.cat(pieces)
+    with pytest.raises(PairError, match=f"{whole}.*fused against split|{parts[0]}.*fused against split"):
+        paired(tmp_path, *((joined, split) if side == "pre" else (split, joined)))
+
+
+def test_a_model_with_fewer_layers_is_whole(tmp_path: Path) -> None:
+    found = paired(tmp_path, tiny_llama(layers=3), tiny_llama(layers=2))
+    assert any("layers.2." in note and "in pre alone" in note for note in found.notes)
+
+
+def test_a_model_that_lacks_a_layer_in_the_middle_is_incomplete(tmp_path: Path) -> None:
+    middle = [name for name in tiny_llama(layers=3) if ".1." in name]
+    with pytest.raises(PairError, match="incomplete"):
+        paired(tmp_path, tiny_llama(layers=3), without(tiny_llama(layers=3), *middle))
+
+
+def test_a_model_without_any_of_its_biases_is_whole(tmp_path: Path) -> None:
+    biases = {f"model.layers.{layer}.self_attn.q_proj.bias": torch.zeros(16) for layer in range(2)}
+    found = paired(tmp_path, tiny_llama() | biases, tiny_llama())
+    assert any("q_proj.bias" in note and "in pre alone" in note for note in found.notes)
+    with pytest.raises(PairError, match="incomplete"):
+        paired(tmp_path / "one", tiny_llama() | biases, tiny_llama() | dict([biases.popitem()]))

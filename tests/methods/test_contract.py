@@ -23,12 +23,16 @@ USUAL: dict[str, dict[str, Any]] = {
     "magnitude": {"sparsity": 0.9},
     "half-reset": {"ratio": 0.5, "seed": 3},
     "hma": {"ratios": (0.3, 0.2)},
+    "ties": {"sparsity": 0.8},
+    "dare": {"drop_rate": 0.9},
 }
 ENDS: dict[str, Callable[[float], dict[str, Any]]] = {
     "fapm": lambda share: {"sparsity": share},
     "magnitude": lambda share: {"sparsity": share},
     "half-reset": lambda share: {"ratio": share},
     "hma": lambda share: {"ratios": (share,)},
+    "ties": lambda share: {"sparsity": share},
+    "dare": lambda share: {"drop_rate": share},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -81,12 +85,12 @@ def test_the_two_ends(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
         kept = (
             tensor in outside
             if name == "half-reset"
-            else name in ("fapm", "magnitude") and ft[tensor].dim() == 1  # --rest ft
+            else name in ("fapm", "magnitude", "ties", "dare") and ft[tensor].dim() == 1  # --rest ft
         )
         assert same_bits(all_pre[tensor], (ft if kept else pre)[tensor]), tensor
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"hma"}))  # which averages
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"hma", "dare"}))  # which compute
 def test_every_entry_of_a_selection_is_one_of_the_two(name: str, tmp_path: Path) -> None:
     pre = with_zeros(tiny_llama())
     ft = with_zeros(fine_tuned(pre))
@@ -98,7 +102,7 @@ def test_every_entry_of_a_selection_is_one_of_the_two(name: str, tmp_path: Path)
     assert not same(out, pre)
 
 
-@every_method
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"dare"}))  # which throws dice for each entry
 def test_one_element_and_all_ties(name: str, tmp_path: Path) -> None:
     layer = "model.layers.{}.self_attn.q_proj.weight"
     pre = {layer.format(0): torch.ones(1, 1), layer.format(1): torch.ones(4, 5), layer.format(2): torch.zeros(3, 3)}
@@ -106,7 +110,7 @@ def test_one_element_and_all_ties(name: str, tmp_path: Path) -> None:
     out = edit(tmp_path / "x", pre, ft, usual(name))
     for key in pre:
         assert bool((out[key] == out[key].flatten()[0]).all()), "tied entries share their fate"
-    if name in ("fapm", "magnitude"):
+    if name in ("fapm", "magnitude", "ties"):
         assert same(out, pre)
 
 
@@ -195,6 +199,8 @@ def test_the_label_names_the_output(name: str, tmp_path: Path) -> None:
         "magnitude": "magnitude-0.9",
         "half-reset": "half-reset-0.5",
         "hma": "hma-0.3-0.2",
+        "ties": "ties-0.8",
+        "dare": "dare-0.9",
     }[name]
     job = prepare(tmp_path / "pre", tmp_path / "ft", usual(name))
     assert job.out == tmp_path.resolve() / f"ft-{label}"

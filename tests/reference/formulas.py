@@ -124,3 +124,59 @@ def bits(tensor: Tensor) -> Tensor:
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same bytes, of the same type and shape."""
     return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(bits(one), bits(other)))
+
+
+def trimmed(pre: Tensor, ft: Tensor, sparsity: float) -> F32:
+    """τ̂: the task vector, 0 where it is among the round(sparsity · n) smallest or tied with the last of them."""
+    delta = task_vector(pre, ft)
+    return np.where(kept(abs(delta), sparsity), delta, np.float32(0))
+
+
+def ties(pre: Tensor, fts: list[Tensor], sparsity: float, lam: float = 1.0) -> Tensor:
+    """TIES, Algorithm 1: γ = sgn(Σ τ̂), τ_m = the mean of the τ̂ ≠ 0 with that sign, out = pre + λ · τ_m."""
+    vectors = [trimmed(pre, ft, sparsity) for ft in fts]
+    gamma = np.sign(_sum(vectors))
+    voters = [(vector != 0) & (np.sign(vector) == gamma) for vector in vectors]
+    count = np.sum(voters, axis=0)
+    total = _sum([np.where(voter, vector, np.float32(0)) for voter, vector in zip(voters, vectors, strict=True)])
+    return _added(pre, fts, voters, total / np.maximum(count, 1).astype(np.float32), lam)
+
+
+def dare(pre: Tensor, fts: list[Tensor], masks: list[Bools], drop_rate: float, lam: float = 1.0) -> Tensor:
+    """DARE: out = pre + λ / (1 − p) · Σ m · τ, for masks m that are False where an entry is dropped."""
+    vectors = [np.where(mask, task_vector(pre, ft), np.float32(0)) for ft, mask in zip(fts, masks, strict=True)]
+    return _added(pre, fts, [vector != 0 for vector in vectors], _sum(vectors), lam / (1 - drop_rate))
+
+
+def _sum(vectors: list[F32]) -> F32:
+    total = vectors[0].copy()
+    for vector in vectors[1:]:
+        total += vector
+    return total
+
+
+def _added(pre: Tensor, fts: list[Tensor], parts: list[Bools], merged: F32, scale: float) -> Tensor:
+    """pre + scale · merged; pre's bits where that is no step, a model's where it is that model's whole step."""
+    dtype = fts[0].dtype
+    base = exact(pre) if pre.dtype == torch.float64 else exact(pre).astype(np.float32)
+    step = np.float32(scale) * merged
+    out = torch.from_numpy(base + step).to(dtype)
+    alone = np.sum(parts, axis=0) == 1
+    for ft, part in zip(fts, parts, strict=True):
+        if scale == 1:
+            out = torch.where(torch.from_numpy(part & alone), ft.to(dtype).flatten(), out)
+    return torch.where(torch.from_numpy(step == 0), pre.to(dtype).flatten(), out).reshape(pre.shape)
+
+
+def philox(key: int, block: int) -> list[int]:
+    """Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 64-bit words of a block.
+
+    numpy counts a block up before it computes it.
+    """
+    word = (1 << 64) - 1
+    k0, k1, (x0, x1, x2, x3) = key & word, key >> 64, (block + 1, 0, 0, 0)
+    for _ in range(10):
+        p0, p1 = 0xD2E7470EE14C6C93 * x0, 0xCA5A826395121157 * x2
+        x0, x1, x2, x3 = (p1 >> 64) ^ x1 ^ k0, p1 & word, (p0 >> 64) ^ x3 ^ k1, p0 & word
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & word, (k1 + 0xBB67AE8584CAA73B) & word
+    return [x0, x1, x2, x3]

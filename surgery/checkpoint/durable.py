@@ -1,0 +1,107 @@
+"""What makes a write safe: locks, syncs, Ctrl-C held back for a moment, and an operating system's errors as sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from surgery.errors import OutputError
+
+
+def lock(file: int) -> bool:
+    """Take an open file for this process alone; False where another one has it."""
+    try:
+        import fcntl
+    except ImportError:  # no such lock on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def same_file(file: int, path: Path) -> bool:
+    """Whether an open file is still what the path leads to."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Ctrl-C is heard at the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(pressed[0], None)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C is not heard in here, where it would leave something half done."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make a folder's names survive a power cut."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn OSError into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, folder) from error
+
+
+def explain(error: OSError, folder: Path) -> OutputError:
+    """An operating system's error while writing, as a sentence with a way out."""
+    where = error.filename or folder
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{folder}: the disk is full. Make room or choose another --out; nothing was left behind.")
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{where}: the file system, or a limit (ulimit -f), allows no file as large. Choose another --out; nothing was left "
+            "behind."
+        )
+    if isinstance(error, PermissionError):
+        return OutputError(f"{where}: no permission to write there. Choose another --out.")
+    return OutputError(f"{where}: {error.strerror or error}. Nothing was left behind.")
