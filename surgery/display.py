@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from surgery.edit import Job
     from surgery.engines.plan import Step
+    from surgery.job import Job
 
 LABELS = {"feed_forward": "feed-forward"}
 

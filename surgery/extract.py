@@ -14,9 +14,10 @@ from surgery.checkpoint.companions import companions
 from surgery.checkpoint.delta import FORMAT, DeltaDraft, DeltaSink
 from surgery.checkpoint.durable import explain
 from surgery.checkpoint.fingerprint import fingerprint
-from surgery.edit import Job, check_machine, engines, report_of
+from surgery.edit import check_machine, engines, report_of
 from surgery.engines.plan import Step
 from surgery.errors import OutputError
+from surgery.job import Job, check_unchanged, stamps
 from surgery.stream import Tick, stream
 from surgery.stream import workers as count_workers
 
@@ -57,7 +58,7 @@ def extract(
     """Carry a job out, and write what it leaves of the task vector instead of a checkpoint.
 
     Args:
-        job: of `surgery.edit.plan`.
+        job: of `surgery.job.plan`.
         out: the file, as `check_file` gave it.
         force: a file that is there may be replaced.
         device, workers, allow_nonfinite, command, advance: as for `surgery.edit.run`.
@@ -70,6 +71,7 @@ def extract(
     """
     check_machine(device, workers)
     make_engine = engines(device, allow_nonfinite)
+    before = stamps(job)
     results: dict[str, dict[str, Any]] = {}
     with DeltaDraft(out, replace=force) as draft:
 
@@ -88,6 +90,7 @@ def extract(
             stream(sorted(job.steps, key=lambda step: -step.ft.nbytes), work, count_workers(workers), advance)
         except OSError as error:
             raise explain(error, out) from error
+        check_unchanged(job, before)
         report = report_of(job, results, command)
         tensors = [_line(step, draft.sinks[step.ft.name]) for step in job.steps]
         digests, stored = _files(job)

@@ -8,7 +8,8 @@ from typing import Any
 
 from checkpoints import Tensors, read_checkpoint, write_checkpoint
 
-from surgery.edit import prepare, run
+from surgery.edit import run
+from surgery.job import prepare
 from surgery.methods import METHODS, Method
 
 # The registry, for calls with any options.

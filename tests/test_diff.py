@@ -188,14 +188,18 @@ def test_a_sample_of_a_large_tensor_is_near_in_rank(tmp_path: Path, entries: int
     assert line["ratio_infinite"] == int((ft != 0).sum())
 
 
-def test_distributions_add_up() -> None:
-    parts = []
-    for seed in range(3):
-        counts = np.random.default_rng(seed).integers(0, 3, BINS)
-        parts.append(Distribution(Histogram.of(counts, seed), float(seed)))
+def test_a_sampled_tensor_weighs_in_a_group_as_much_as_a_whole_one() -> None:
+    parts, expected = [], np.zeros(BINS, np.int64)
+    for shift in (0, 3, 8):
+        counts = np.random.default_rng(shift).integers(0, 3, BINS)
+        parts.append(Distribution(Histogram.of(counts, shift), float(shift)))
+        expected += counts * 2**shift
     total = joined(parts)
-    assert total.histogram.counts.sum() == sum(part.histogram.counts.sum() for part in parts)
-    assert total.largest == 2.0
+    dense = np.zeros(BINS, np.int64)
+    dense[total.histogram.bins] = total.histogram.counts
+    np.testing.assert_array_equal(dense[:0x7F80], expected[:0x7F80])
+    assert not dense[0x7F80:].any()
+    assert total.largest == 8.0
 
 
 def test_the_rows_that_both_sides_have(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from surgery import edit
 from surgery.__main__ import main
+from surgery.job import prepare
 from surgery.methods import METHODS
 from surgery.methods.fapm import Fapm
 
@@ -57,7 +58,7 @@ def test_the_output_has_fts_container(name: str, shards: int, tmp_path: Path) ->
         (ft / file).write_text(text)
     (tmp_path / "pre" / "vocab.json").write_text("{}")
     out = tmp_path / "out"
-    edit.run(edit.prepare(tmp_path / "pre", ft, MAKE[name](), out=out))
+    edit.run(prepare(tmp_path / "pre", ft, MAKE[name](), out=out))
     assert layout(out) == layout(ft)
     assert all((out / file).read_bytes() == (ft / file).read_bytes() for file in (*companions, "config.json"))
     if shards > 1:
@@ -76,14 +77,14 @@ def test_the_command_line_writes_what_the_library_writes(name: str, tmp_path: Pa
         from surgery.methods.scope import Scope
 
         options = options | {"scope": Scope("linear")}
-    edit.run(edit.prepare(pre, ft, MAKE[name](**options), out=tmp_path / "library"))
+    edit.run(prepare(pre, ft, MAKE[name](**options), out=tmp_path / "library"))
     for path in (tmp_path / "library").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "cli" / path.name).read_bytes()
 
 
 def test_a_dry_job_writes_nothing_and_knows_the_size(tmp_path: Path) -> None:
     pre, ft = tiny_llama_pair(tmp_path)
-    job = edit.prepare(pre, ft, Fapm())
+    job = prepare(pre, ft, Fapm())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ft", "pre"]
     assert job.nbytes == sum(tensor.nbytes for tensor in read_checkpoint(ft).values())
     assert job.out == tmp_path.resolve() / "ft-fapm-0.9"
@@ -92,7 +93,7 @@ def test_a_dry_job_writes_nothing_and_knows_the_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_progress_adds_up(name: str, tmp_path: Path) -> None:
     pre, ft = tiny_llama_pair(tmp_path)
-    job = edit.prepare(pre, ft, MAKE[name](), out=tmp_path / "out")
+    job = prepare(pre, ft, MAKE[name](), out=tmp_path / "out")
     steps: list[int] = []
     edit.run(job, advance=steps.append)
     assert all(step >= 0 for step in steps)

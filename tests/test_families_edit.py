@@ -19,7 +19,8 @@ from reference.formulas import blend, dare, hma_part, prune, same_bits
 from runs import MAKE
 from transformers import PreTrainedModel
 
-from surgery.edit import prepare, run
+from surgery.edit import run
+from surgery.job import prepare
 from surgery.methods import METHODS, Method
 from surgery.methods.dare import draw
 

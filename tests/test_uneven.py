@@ -22,7 +22,8 @@ from reference.formulas import same_bits
 from runs import MAKE, edit
 
 from surgery.__main__ import main
-from surgery.edit import prepare, run
+from surgery.edit import run
+from surgery.job import prepare
 from surgery.methods.fapm import Fapm
 from surgery.methods.magnitude import Magnitude
 

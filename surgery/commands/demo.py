@@ -29,7 +29,8 @@ def _demo(
 
 
 def _edit(pre: Path, ft: Path, out: Path, method: str, **options: Any) -> dict[str, Any]:
-    from surgery.edit import prepare, run
+    from surgery.edit import run
+    from surgery.job import prepare
     from surgery.methods import METHODS
 
     return run(prepare(pre, ft, METHODS[method](**options), out=out))

@@ -220,7 +220,8 @@ def _edit(
     workers: Workers = None,
 ) -> None:
     from surgery import display
-    from surgery.edit import check_machine, prepare, run
+    from surgery.edit import check_machine, run
+    from surgery.job import prepare
 
     check_machine(device, workers)
     job = prepare(pre, ft, method, out=out, force=force, strict=strict, max_shard_size=max_shard_size)

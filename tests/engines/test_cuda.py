@@ -12,12 +12,13 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from surgery.edit import prepare, run
+from surgery.edit import run
 from surgery.engines.cpu import CpuEngine
 from surgery.engines.cuda import CudaEngine, find_device
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.errors import CheckpointError, OptionError
+from surgery.job import prepare
 from surgery.methods import METHODS, Fapm, Magnitude
 
 SHAPES = {

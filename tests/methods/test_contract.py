@@ -14,7 +14,8 @@ from reference.formulas import same_bits
 from runs import MAKE, edit
 
 from surgery import kernels
-from surgery.edit import prepare, run
+from surgery.edit import run
+from surgery.job import prepare
 from surgery.methods import METHODS, Method
 
 # Each method as a user would run it, and at both ends of its main number: all of ft, all of pre.

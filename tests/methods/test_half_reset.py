@@ -11,8 +11,9 @@ from checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoin
 from reference.formulas import same_bits
 from runs import edit
 
-from surgery.edit import prepare, run
+from surgery.edit import run
 from surgery.errors import OptionError
+from surgery.job import prepare
 from surgery.methods.half_reset import HalfReset, choose
 
 LAYERS = 22

@@ -15,8 +15,9 @@ from checkpoints import Tensors, fine_tuned, read_checkpoint, tiny_llama, write_
 from reference.formulas import exact, prune, same_bits, ties, trimmed
 from test_faults import call, refused
 
-from surgery.edit import prepare, run
+from surgery.edit import run
 from surgery.errors import OptionError, PairError
+from surgery.job import prepare
 from surgery.methods import Fapm, Ties
 from surgery.methods.scope import Scope
 

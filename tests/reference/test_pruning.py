@@ -16,7 +16,8 @@ from runs import MAKE
 
 from reference.formulas import F32 as F32Array
 from reference.formulas import SCORES, exact, fapm_score, fapm_score64, kept, pruned, same_bits
-from surgery.edit import prepare, run
+from surgery.edit import run
+from surgery.job import prepare
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPARSITIES = (0.0, 0.001, 0.5, 0.9, 0.999, 1.0)
