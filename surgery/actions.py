@@ -39,6 +39,23 @@ class Prune:
     groups: int = 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PruneRows:
+    """ft where |Δ| · weight of the column is above the r-th smallest of the group, r = round(sparsity · n); elsewhere pre.
+
+    Attributes:
+        weights: float32 [k], or [E, k] for E matrices stacked in one tensor; k runs over the last dimension of the stored
+            tensor, or where `transposed` over the last but one.
+        transposed: a row is a column of the stored matrix, [in, out].
+        whole: the group is a matrix, not one of its rows.
+    """
+
+    weights: Any
+    sparsity: float
+    transposed: bool = False
+    whole: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Blend:
     """alpha · pre + (1 − alpha) · ft; alpha lies strictly between 0 and 1."""
@@ -59,4 +76,4 @@ class Merge:
     keeps: Prune | Draw
 
 
-Action = Keep | Reset | Prune | Blend | Merge
+Action = Keep | Reset | Prune | PruneRows | Blend | Merge

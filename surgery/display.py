@@ -33,6 +33,18 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: bar.update(task, advance=nbytes)
 
 
+@contextmanager
+def calibrating() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error for the blocks of a model that are done; nothing at all where that is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Calibrating"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def show_plan(job: Job, *, as_json: bool) -> None:
     """Print what a job would do, by category."""
     groups: dict[tuple[str, str], list[Step]] = {}
@@ -56,16 +68,17 @@ def show_plan(job: Job, *, as_json: bool) -> None:
         "keep": "keep ft",
         "reset": "reset to pre",
         "prune": "prune",
+        "prunerows": "prune",
         "blend": "average",
         "merge": "merge",
         "copy": "copy ft",
     }
     for (category, doing), (tensors, entries, nbytes) in sizes.items():
-        table.add_row(label(category), words[doing], f"{tensors:,}", count(entries), _bytes(nbytes))
+        table.add_row(label(category), words[doing], f"{tensors:,}", count(entries), size(nbytes))
     console = new_console()
     console.print(table)
     print_notes(console, job.pair.notes)
-    console.print(f"Nothing was written. The output would be {job.out}, {_bytes(job.nbytes)}.", soft_wrap=True)
+    console.print(f"Nothing was written. The output would be {job.out}, {size(job.nbytes)}.", soft_wrap=True)
 
 
 def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: float, as_json: bool) -> None:
@@ -85,7 +98,7 @@ def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: floa
     console = new_console()
     console.print(table)
     print_notes(console, report["notes"])
-    console.print(f"{_bytes(nbytes)} in {seconds:.1f} s")
+    console.print(f"{size(nbytes)} in {seconds:.1f} s")
     console.print(f"Wrote {out}", soft_wrap=True)
 
 
@@ -146,7 +159,8 @@ def count(value: int | None) -> str:
     return str(value)
 
 
-def _bytes(value: int) -> str:
+def size(value: int) -> str:
+    """1234567 as "1.2 MB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if value >= size:
             return f"{value / size:.1f} {unit}"

@@ -17,6 +17,7 @@ from surgery.engines.cpu import Sink as SinkProtocol
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.job import Job, check_unchanged, identity, reading
+from surgery.methods import parameters
 from surgery.stream import Tick, stream
 from surgery.stream import workers as count_workers
 
@@ -129,7 +130,7 @@ def report_of(job: Job, results: dict[str, dict[str, Any]], command: Sequence[st
         )
     return {
         "method": job.method.name,
-        "parameters": json.loads(json.dumps(asdict(job.method))),  # type: ignore[call-overload]
+        "parameters": json.loads(json.dumps(parameters(job.method))),
         "command": list(command),
         "pre": report.provenance(job.pair.pre),
         "ft": report.provenance(job.pair.ft),

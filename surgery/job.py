@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery import kernels, report
-from surgery.actions import Merge, Prune
+from surgery.actions import Merge, Prune, PruneRows
 from surgery.checkpoint.companions import companions
 from surgery.checkpoint.container import MAX_SHARD_SIZE, Container, split
 from surgery.checkpoint.draft import check_output
@@ -20,7 +20,7 @@ from surgery.checkpoint.pair import Pair, likes, pair
 from surgery.checkpoint.source import BORROWING, Checkpoint, open_both
 from surgery.engines.plan import Step
 from surgery.errors import CheckpointError, OptionError
-from surgery.methods import MERGES, Method
+from surgery.methods import MERGES, Method, parameters
 
 CONFIG = "config.json"
 
@@ -132,6 +132,17 @@ def plan(
     return Job(both, method, steps, container, _default_out(tuned, method), False, copies, changed, tuple(others))
 
 
+def replan(job: Job, method: Method) -> Job:
+    """The same job with other parameters of its method, on the tensors that were paired.
+
+    Raises:
+        OptionError: the parameters do not fit this model.
+    """
+    actions = method.plan(job.pair.items)
+    steps = [replace(step, action=action) for step, action in zip(job.steps, actions, strict=True)]
+    return replace(job, method=method, steps=steps)
+
+
 def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
     """What a loader needs beside the weights: ft's own, and pre's where ft's format has none."""
     found = companions(ft.folder, only_known=ft.source.file is not None)
@@ -177,6 +188,8 @@ def reading(step: Step) -> int:
     base = step.pre.nbytes if step.pre else 0
     if isinstance(step.action, Prune):  # for the mean, for the threshold, for the output
         return (2 * step.ft.nbytes + 2 * base) + (base if step.action.uses_mean else 0)
+    if isinstance(step.action, PruneRows) and (step.action.transposed or step.action.whole):
+        return 2 * (step.ft.nbytes + base)
     if isinstance(step.action, Merge):
         once = step.ft.nbytes + base + sum(other.nbytes for other in step.others)
         return once + (once + len(step.others) * base if isinstance(step.action.keeps, Prune) else 0)
@@ -196,7 +209,7 @@ def identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[str
         "version": report.versions()["surgery"],
         **stamps(job),
         "method": job.method.name,
-        "options": {**asdict(job.method), "allow_nonfinite": allow_nonfinite, "device": device},  # type: ignore[call-overload]
+        "options": {**parameters(job.method), "allow_nonfinite": allow_nonfinite, "device": device},
         "kernels": "C" if kernels.native else "numpy",
         "command": [word for word in command if word != "--resume"],
     }

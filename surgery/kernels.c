@@ -295,3 +295,28 @@ VECTOR void compare(int pre_dtype, const void *pre, int ft_dtype, const void *ft
     }
     *result = (Compared){total(delta2), total(weight2), same, infinite, from_bits(max_delta), from_bits(max_ratio)};
 }
+
+/* The twins of optim/kernels.py: Adam's moments, and the step of the entries that MoFO chose. Both work in place. */
+VECTOR void moments(float rest1, float beta2, float rest2, int dtype, const void *gradient, size_t n, float *restrict m,
+                    float *restrict v) {
+    float g[BLOCK];
+    for (size_t start = 0; start < n; start += BLOCK) {
+        size_t size = n - start < BLOCK ? n - start : BLOCK;
+        widen_block(dtype, gradient, start, size, g);
+        for (size_t i = 0; i < size; i++) {
+            m[start + i] += rest1 * (g[i] - m[start + i]);
+            v[start + i] = beta2 * v[start + i] + rest2 * (g[i] * g[i]);
+        }
+    }
+}
+
+/* Chosen: a |score| above the threshold, or tied with it among the first `ties` entries. NaN counts as -inf. */
+VECTOR void descend(const float *score, float threshold, size_t ties, float decay, float rate, float root, float epsilon,
+                    const float *m, const float *v, size_t n, float *restrict p) {
+    for (size_t i = 0; i < n; i++) {
+        float size = score[i] == score[i] ? fabsf(score[i]) : -INFINITY;
+        float next = p[i] * decay - rate * (m[i] / (sqrtf(v[i]) / root + epsilon));
+        int chosen = (size > threshold) | ((i < ties) & (size == threshold));
+        p[i] = chosen ? next : p[i];
+    }
+}

@@ -30,7 +30,7 @@ ENDINGS = (".png", ".svg")
 COLOURS, MISSING = "viridis", "#d0d0d0"
 TITLES = {"weight": "|W_pre|", "delta": "|Δ|", "ratio": "|Δ| / |W_pre|", "score": "FAPM score"}
 # Colours on a logarithmic scale where the largest is this many times the median.
-SKEWED = 20.0
+SKEWED = 3.0
 # Inches: the side of a cell, room for the layers' numbers, a letter of a column's name, the tallest grid.
 CELL, LEFT, LETTER, TALLEST = 0.32, 0.75, 0.062, 11.0
 # Characters of a name.

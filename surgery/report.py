@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from surgery import __version__
-from surgery.actions import Action, Blend, Keep, Merge, Prune, Reset
+from surgery.actions import Action, Blend, Keep, Merge, Prune, PruneRows, Reset
 from surgery.checkpoint.source import Checkpoint
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.layout import CATEGORIES
 from surgery.methods import METHODS
+
+ACTIONS: dict[type[Action], str] = {
+    Keep: "kept",
+    Reset: "reset",
+    Prune: "pruned",
+    PruneRows: "pruned",
+    Blend: "averaged",
+    Merge: "merged",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def describe(step: Step, result: Result) -> dict[str, Any]:
     line["checksum"] = result.checksum
     if isinstance(step.action, Blend):
         line["alpha"] = step.action.alpha
-    if isinstance(step.action, Prune):
+    if isinstance(step.action, Prune | PruneRows):
         line["sparsity"] = step.action.sparsity
     if step.added is not None:
         line["new_rows"] = step.added.shape[0]
@@ -175,8 +184,7 @@ def _source(source: dict[str, Any]) -> str:
 def _action(step: Step) -> str:
     if step.pre is None:
         return "copied"
-    names: dict[type[Action], str] = {Keep: "kept", Reset: "reset", Prune: "pruned", Blend: "averaged", Merge: "merged"}
-    return names[type(step.action)]
+    return ACTIONS[type(step.action)]
 
 
 def _ratio(part: int | None, whole: int) -> float | None:

@@ -15,6 +15,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surgery.actions import Score
 from surgery.kernels import Floats
@@ -22,6 +23,7 @@ from surgery.kernels import Floats
 if TYPE_CHECKING:
     import torch
 
+RUNS, RUN = 512, 512
 # A value that takes more than this share of the sample is an atom (Δ = 0 in bfloat16, say): it is counted, never collected.
 ATOM = 0.1
 # Half the bracket's width, in standard errors of the sampled rank: wide enough that a second pass is rare.
@@ -80,6 +82,21 @@ def prune(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) ->
     return torch.where(keep_mask(pre, ft, score, sparsity), ft, pre.to(ft.dtype))
 
 
+def runs(n: int) -> tuple[NDArray[np.int64], int]:
+    """Where to sample n entries that lie one behind the other: where each run begins, and the length of all.
+
+    Runs come from all over, at most `RUNS` of `RUN` entries; of a small group it is one run, all of it.
+    """
+    count = min(max(n >> 15, 128), RUNS)
+    if n <= 2 * count * RUN:
+        return np.zeros(1, np.int64), n
+    # One run at random in each stretch: regular steps could fall on the same columns of every row.
+    stretch = n / count
+    shift = np.random.default_rng(0).random(count)
+    starts = ((np.arange(count) + shift) * (stretch - RUN / n * stretch)).astype(np.int64)
+    return np.minimum(starts, n - RUN), RUN
+
+
 class Search:
     """Find the r-th smallest of n scores that stream past, in one pass if the sample is any good.
 
@@ -123,11 +140,13 @@ class Search:
                     self.low = _below(sample[left])  # t may be that very value, where many are tied
                 if right < last - 1:
                     self.high = sample[right]
-                for value in np.unique(sample[left : right + 1]):
-                    if self._is_atom(value) and value < sample[center]:
-                        self.low = max(self.low, value)
-                    elif self._is_atom(value) and value > sample[center]:
-                        self.high = min(self.high, _below(value))
+                values = np.unique(sample[left : right + 1])
+                atoms = values[self._is_atom(values)]
+                below, above = atoms[atoms < sample[center]], atoms[atoms > sample[center]]
+                if len(below):
+                    self.low = max(self.low, below[-1])
+                if len(above):
+                    self.high = min(self.high, _below(above[0]))
         # Nothing is below −∞, to be collected: t is −∞ or above it.
         self.collect = self.collect and bool(self.high > -np.inf)
         return self.low, self.high, self.collect
@@ -149,9 +168,9 @@ class Search:
             self.found = True
         self.width = 8 * self.width + 1
 
-    def _is_atom(self, value: np.float32) -> bool:
-        count = np.searchsorted(self.sample, value, "right") - np.searchsorted(self.sample, value, "left")
-        return bool(count > max(8, ATOM * self.sample.size))
+    def _is_atom(self, values: np.float32 | Floats) -> np.bool_ | NDArray[np.bool_]:
+        count = np.searchsorted(self.sample, values, "right") - np.searchsorted(self.sample, values, "left")
+        return count > max(8, ATOM * self.sample.size)
 
 
 def _below(value: np.float32) -> np.float32:

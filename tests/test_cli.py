@@ -39,6 +39,9 @@ def commands() -> dict[str, Any]:
     return found
 
 
+EDITS = ["fapm", "magnitude", "half-reset", "hma", "ties", "dare"]
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     tiny_llama_pair(tmp_path)
@@ -67,7 +70,7 @@ def test_launcher_of_a_checkout() -> None:
     assert done.stdout == f"surgery {package.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["fapm", "magnitude", "half-reset", "hma", "ties", "dare", "diff", "demo"])
+@pytest.mark.parametrize("name", [*EDITS, "wanda", "extract", "apply", "verify", "diff", "demo"])
 def test_every_command_and_every_option_has_help(name: str) -> None:
     command = commands()[name]
     assert command.help
@@ -127,7 +130,7 @@ def test_of_a_folder_given_as_a_point(root: Path) -> None:
     assert (code, out.splitlines()[-1]) == (0, f"Wrote {root / 'ft-hma-0.5'}")
 
 
-@pytest.mark.parametrize("method", ["fapm", "magnitude", "half-reset", "hma", "ties", "dare"])
+@pytest.mark.parametrize("method", EDITS)
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_dry_run_writes_nothing(root: Path, method: str, more: list[str]) -> None:
     before = contents(root)

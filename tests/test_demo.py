@@ -217,8 +217,11 @@ def test_the_whole_demo_with_a_stand_in_for_the_engine(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     measured = demo(tmp_path / "out", console, copies_ft, effort=TINY)
 
-    assert asked == [(surgery.method, surgery.options) for surgery in SURGERIES]
-    assert {method for method, _ in asked} == {"fapm", "magnitude", "half-reset", "hma"}
+    calibration = {"calibration": tmp_path / "out/calibration.txt"}
+    assert asked == [
+        (surgery.method, surgery.options | (calibration if surgery.method == "wanda" else {})) for surgery in SURGERIES
+    ]
+    assert {method for method, _ in asked} == {"fapm", "magnitude", "wanda", "half-reset", "hma"}
     pre, ft, *edited = measured["rows"]
     assert pre["distance"] == 0.0 < ft["distance"]
     for row in edited:  # a method that changes nothing is shown to change nothing

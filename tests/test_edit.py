@@ -68,7 +68,7 @@ def test_the_output_has_fts_container(name: str, shards: int, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ft", "out", "pre"], "nothing is left beside it"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_command_line_writes_what_the_library_writes(name: str, tmp_path: Path) -> None:
     pre, ft = tiny_llama_pair(tmp_path)
     words, options = COMMANDS[name]

@@ -125,7 +125,7 @@ def test_hma(pair: Pair, tmp_path: Path) -> None:
     check(family, folder, tmp_path / "out", {name: blend(pre[name], ft[name], alpha(name)) for name in ft})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"wanda"}))  # whose norms tests/calibrate looks at
 def test_a_tied_head_that_one_side_stores(name: str, tmp_path: Path) -> None:
     """qwen2's head is its embedding. Whichever side writes it down, the output is ft's container and loads."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"

@@ -37,6 +37,23 @@ def test_edits_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert main([*words, "--pre", "pre", "--ft", "ft", "--dry-run"]) == 0
 
 
+def test_the_commands_around_an_edit_run_in_the_order_of_the_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama_pair(tmp_path, layers=3)
+    assert main(["fapm", "--pre", "pre", "--ft", "ft"]) == 0
+    ran = set()
+    for path in TEXTS:
+        for words in re.findall(r"surgery (?:diff|extract|apply|verify) [^`\n]*", path.read_text()):
+            command = shlex.split(words)[1:]
+            if any("NAME" in word for word in command):
+                continue
+            assert main([*command, *(["--force"] if command[0] in ("extract", "apply") else [])]) == 0, words
+            ran.add(command[0])
+    assert ran == {"diff", "extract", "apply", "verify"}
+
+
 def test_make_targets_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make ([a-z]+)  ", (ROOT / "README.md").read_text())) == {"demo", "test"}

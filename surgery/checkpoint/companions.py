@@ -21,11 +21,11 @@ STAY_ENDINGS = (
     *".index.json .lock .tmp .incomplete .zip .tar .gz .7z .parquet .png .jpg .jpeg .gif .mp4 .pdf".split(),
 )
 STAY_NAMES = tuple(
-    "surgery-report.json surgery-journal.jsonl trainer_state.json training_args.json latest zero_to_fp32.py"
-    " adapter_config.json params.json checklist.chk consolidated.index.json".split()
+    "surgery-report.json surgery-journal.jsonl surgery-train.json surgery-train.yaml trainer_state.json training_args.json"
+    " latest zero_to_fp32.py adapter_config.json params.json checklist.chk consolidated.index.json".split()
 )
 STAY_BEGINNINGS = (".", "readme", "events.out.tfevents")
-STAY_FOLDERS = tuple(". checkpoint- global_step runs wandb logs original onnx openvino coreml __pycache__".split())
+STAY_FOLDERS = tuple(". checkpoint- round- global_step runs wandb logs original onnx openvino coreml __pycache__".split())
 # The modules after the transformer in a sentence-transformers model, "2_Dense/model.safetensors", have weights of their own.
 MODULE = re.compile(r"[0-9]+_[A-Z][^/]*/[^/]+\.(safetensors|bin)")
 KNOWN = re.compile(

@@ -81,6 +81,30 @@ def _old(out: Path) -> Path:
     return out.with_name(f".{out.name}.surgery-old")
 
 
+def appear(folder: Path, out: Path, *, replace: bool) -> Path:
+    """Give a finished folder its name.
+
+    Returns:
+        Where the checkpoint that it replaced stands now, to be removed; nothing is there where it replaced none.
+
+    Raises:
+        OutputError: there is something at `out`, and `replace` is not given.
+    """
+    old = _old(out)
+    if out.exists():
+        if not replace:
+            raise OutputError(f"{out}: appeared while surgery worked. Choose another --out.")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    return old
+
+
 class Draft:
     """The folder that becomes the output.
 
@@ -193,18 +217,7 @@ class Draft:
                 self._appear()
 
     def _appear(self) -> None:
-        old = _old(self.out)
-        if self.out.exists():
-            if not self.replace:
-                raise OutputError(f"{self.out}: appeared while surgery worked. Choose another --out.")
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-        try:
-            self.folder.rename(self.out)
-        except OSError:
-            if old.exists():
-                old.rename(self.out)
-            raise
+        old = appear(self.folder, self.out, replace=self.replace)
         self.committed = True
         # Only now: until the folder has its name, the journal's lock keeps other runs out of it.
         with contextlib.suppress(OSError):

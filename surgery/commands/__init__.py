@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from surgery import __version__
-from surgery.commands import delta, demo, diff, edit
+from surgery.commands import delta, demo, diff, edit, wanda
 
 app = typer.Typer(
     name="surgery",
@@ -37,5 +37,6 @@ def _root(
 
 edit.register(app)
 delta.register(app)
+wanda.register(app)
 demo.register(app)
 diff.register(app)

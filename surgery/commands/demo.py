@@ -33,4 +33,10 @@ def _edit(pre: Path, ft: Path, out: Path, method: str, **options: Any) -> dict[s
     from surgery.job import prepare
     from surgery.methods import METHODS
 
-    return run(prepare(pre, ft, METHODS[method](**options), out=out))
+    text = options.pop("calibration", None)
+    job = prepare(pre, ft, METHODS[method](**options), out=out)
+    if text is not None:
+        from surgery.calibrate.run import Calibration, calibrated
+
+        job = calibrated(job, Calibration(str(text)), device="cpu", advance=lambda done, total: None)
+    return run(job)

@@ -4,6 +4,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
+    from surgery.job import Job
     from surgery.methods import Method
     from surgery.methods.scope import Scope
 
@@ -68,7 +70,7 @@ Workers = Annotated[int | None, typer.Option(help="Threads.", show_default="one 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     for name, make_method in MAKERS.items():
-        app.command(name)(_with_common_options(make_method))
+        app.command(name)(edit_command(make_method))
 
 
 def _fapm(
@@ -86,7 +88,7 @@ def _fapm(
     """
     from surgery.methods.fapm import Fapm
 
-    return Fapm(sparsity, _scope(scope, rest, include, exclude), group)
+    return Fapm(sparsity, make_scope(scope, rest, include, exclude), group)
 
 
 def _magnitude(
@@ -103,7 +105,7 @@ def _magnitude(
     """
     from surgery.methods.magnitude import Magnitude
 
-    return Magnitude(sparsity, _scope(scope, rest, include, exclude), group)
+    return Magnitude(sparsity, make_scope(scope, rest, include, exclude), group)
 
 
 def _half_reset(
@@ -171,7 +173,7 @@ def _ties(
     """
     from surgery.methods.ties import Ties
 
-    return Ties(sparsity, lam, _scope(scope, rest, include, exclude))
+    return Ties(sparsity, lam, make_scope(scope, rest, include, exclude))
 
 
 def _dare(
@@ -191,10 +193,11 @@ def _dare(
     """
     from surgery.methods.dare import Dare
 
-    return Dare(drop_rate, lam, seed, _scope(scope, rest, include, exclude))
+    return Dare(drop_rate, lam, seed, make_scope(scope, rest, include, exclude))
 
 
-def _scope(scope: str, rest: str, include: list[str] | None, exclude: list[str] | None) -> "Scope":
+def make_scope(scope: str, rest: str, include: list[str] | None, exclude: list[str] | None) -> "Scope":
+    """The scope that the options of a pruning method say."""
     from surgery.methods.scope import Scope
 
     return Scope(scope, rest, tuple(include or ()), tuple(exclude or ()))
@@ -202,6 +205,7 @@ def _scope(scope: str, rest: str, include: list[str] | None, exclude: list[str] 
 
 def _edit(
     method: "Method",
+    complete: "Callable[[Job, str, bool], Job] | None",
     pre: Pre,
     ft: Tuned,
     out: Annotated[
@@ -225,6 +229,8 @@ def _edit(
 
     check_machine(device, workers)
     job = prepare(pre, ft, method, out=out, force=force, strict=strict, max_shard_size=max_shard_size)
+    if complete is not None:
+        job = complete(job, device, dry_run)
     if dry_run:
         display.show_plan(job, as_json=as_json)
         return
@@ -243,15 +249,22 @@ def _edit(
     display.show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=as_json)
 
 
-def _with_common_options(make_method: "Callable[..., Method]") -> Callable[..., None]:
-    """A command whose options are a method's own and, around them, those of every edit."""
+def edit_command(
+    make_method: "Callable[..., Method]", complete: "Callable[..., Job] | None" = None
+) -> Callable[..., None]:
+    """A command whose options are a method's own and, around them, those of every edit.
+
+    Args:
+        make_method: makes the method from its own options.
+        complete: takes the checked job, the device, whether it is a dry run, and those options; returns the job to run.
+    """
     own = inspect.signature(make_method).parameters
     common = dict(inspect.signature(_edit).parameters)
-    del common["method"]
+    del common["method"], common["complete"]
 
     def command(**values: Any) -> None:
-        method = make_method(**{name: values.pop(name) for name in own})
-        _edit(method, **values)
+        options = {name: values.pop(name) for name in own}
+        _edit(make_method(**options), partial(complete, **options) if complete else None, **values)
 
     inputs = [common.pop("pre"), common.pop("ft")]
     parameters = [

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from surgery.demo.skills import NEW_SKILL, evaluation_items, general_skills
+from surgery.demo.skills import NEW_SKILL, evaluation_items, general_skills, practice_text
 from surgery.demo.table import Row, results_table
 from surgery.errors import OutputError, SurgeryError
 
@@ -26,6 +26,8 @@ DEFAULT_OUT = Path("surgery-demo")
 # One thread: the same numbers whatever the number of cores. For matrices of a few hundred a second core saves little
 # (measured: 50 s of pre-training where one takes 75), and costs a lot when something else is using it (250 s).
 THREADS = 1
+# Items of each general skill in the text that Wanda is calibrated on.
+CALIBRATION_ITEMS = 400
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ SURGERIES = (
     Surgery("FAPM 0.5", "fapm", {"sparsity": 0.5}),
     Surgery("Magnitude 0.9", "magnitude", {"sparsity": 0.9}),
     Surgery("Magnitude 0.5", "magnitude", {"sparsity": 0.5}),
+    Surgery("Wanda 0.9", "wanda", {"sparsity": 0.9}),
     Surgery("Half-Reset", "half-reset"),
     Surgery("HMA 0.3,0.2,0.1", "hma", {"ratios": (0.3, 0.2, 0.1)}),
     Surgery("HMA 0.5", "hma", {"ratios": (0.5,)}),
@@ -140,9 +143,12 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
             f"{rows[0].downstream:.3f} → {rows[1].downstream:.3f}, "
             f"general average {rows[0].general:.3f} → {rows[1].general:.3f}.",
         )
+        # The general skills stand for the web text that a language model is calibrated on.
+        (out / "calibration.txt").write_text(practice_text(general, CALIBRATION_ITEMS), encoding="utf-8")
         for surgery in SURGERIES:
+            options = surgery.options | ({"calibration": out / "calibration.txt"} if surgery.method == "wanda" else {})
             with _timed(seconds, "surgery"):
-                edit(out / "pre", out / "ft", out / surgery.folder, surgery.method, **surgery.options)
+                edit(out / "pre", out / "ft", out / surgery.folder, surgery.method, **options)
             measure(surgery.label, surgery.folder)
 
     console.print()

@@ -122,6 +122,14 @@ def training_items(skill: Skill, rng: random.Random, count: int) -> list[Item]:
     return items
 
 
+def practice_text(skills: Sequence[Skill], count: int) -> str:
+    """`count` training items of each skill with their answers, an item a line; the same in every run."""
+    rng = random.Random("calibration")
+    items = [item for skill in skills for item in training_items(skill, rng, count)]
+    rng.shuffle(items)
+    return "\n".join(" ".join(item.prompt + item.answer) for item in items)
+
+
 def evaluation_items(skill: Skill, count: int) -> list[Item]:
     """Up to `count` distinct held-out items of `skill`, the same in every run; of a memorised skill, its first items.
 

@@ -14,19 +14,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from surgery import kernels
-from surgery.actions import Blend, Keep, Merge, Prune, Reset
+from surgery.actions import Blend, Keep, Merge, Prune, PruneRows, Reset
 from surgery.checkpoint.tensor import Reader, Tensor
 from surgery.engines.chunks import CHUNK, Chunks, Sides
 from surgery.engines.merge import merge
 from surgery.engines.plan import Step
 from surgery.engines.results import Result, Sums
+from surgery.engines.rows import prune_rows
 from surgery.errors import CheckpointError
 from surgery.kernels import RAW, Array, Distance, Floats
-from surgery.selection import Search, rank
+from surgery.selection import Search, rank, runs
 
 COPY_BYTES = 1 << 20
-# Entries of each run of the sample that brackets a threshold.
-RUN = 512
 SAME = Distance(0.0, 0.0, 0)
 
 
@@ -78,12 +77,14 @@ class CpuEngine:
                 match step.action:
                     case Prune() as action:
                         result = self._prune_groups(action, sides, sink)
+                    case PruneRows() as action:
+                        result = prune_rows(self, action, sides, sink)
                     case Blend() as action:
                         result = self._blend(action, sides, sink)
                     case Merge() as action:
                         result = merge(self, action, sides, step.others, sink)
                     case Keep() | Reset() as action:
-                        result = self._take(action, sides, sink)
+                        result = self.take(action, sides, sink)
             result = checked(step, result, allow_nonfinite=self.allow_nonfinite)
         return self.add(step, result, sink)
 
@@ -112,7 +113,8 @@ class CpuEngine:
             sink.write(start, view)
         return bool(np.isfinite(total))
 
-    def _take(self, action: Keep | Reset, sides: Sides, sink: Sink) -> Result:
+    def take(self, action: Keep | Reset, sides: Sides, sink: Sink) -> Result:
+        """Write one of the two sides."""
         pre, ft, sums = sides.pre, sides.ft, Sums()
         for start, base, tuned in self.chunks.read(sides):
             before = after = kernels.distance(pre.dtype, base, ft.dtype, tuned)
@@ -148,7 +150,7 @@ class CpuEngine:
         pre, ft, n = sides.pre, sides.ft, sides.ft.entries
         r = rank(action.sparsity, n)
         if r in (0, n):
-            return self._take(Keep() if r == 0 else Reset(), sides, sink)
+            return self.take(Keep() if r == 0 else Reset(), sides, sink)
         mean = self.chunks.mean(sides) if action.uses_mean else np.float32(0)
         threshold = self.threshold(action, mean, r, sides)
         sums, kept = Sums(), 0
@@ -185,15 +187,7 @@ class CpuEngine:
     def _sample(self, action: Prune, mean: np.float32, sides: Sides) -> Floats:
         """Scores of short runs from all over the tensor, [runs, RUN]; of the whole tensor, [1, n], when it is small."""
         pre, ft, n = sides.pre, sides.ft, sides.ft.entries
-        runs = min(max(n >> 15, 128), 512)
-        if n <= 2 * runs * RUN:
-            starts, length = np.zeros(1, np.int64), n
-        else:
-            # One run at random in each stretch: regular steps could fall on the same columns of every row.
-            stretch = n / runs
-            shift = np.random.default_rng(0).random(runs)
-            starts, length = ((np.arange(runs) + shift) * (stretch - RUN / n * stretch)).astype(np.int64), RUN
-            starts = np.minimum(starts, n - RUN)
+        starts, length = runs(n)
         raw = []
         for tensor, reader in ((pre, sides.read_pre), (ft, sides.read_ft)):
             sampled = np.empty(len(starts) * length, RAW[tensor.dtype])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, ClassVar, Protocol
 
 from surgery.actions import Action
 from surgery.checkpoint.pair import Item
@@ -13,6 +14,7 @@ from surgery.methods.half_reset import HalfReset
 from surgery.methods.hma import Hma
 from surgery.methods.magnitude import Magnitude
 from surgery.methods.ties import Ties
+from surgery.methods.wanda import Wanda
 
 
 class Method(Protocol):
@@ -35,8 +37,32 @@ class Method(Protocol):
         """
 
 
-__all__ = ["MERGES", "METHODS", "Dare", "Fapm", "HalfReset", "Hma", "Magnitude", "Method", "Ties"]
+def parameters(method: Method) -> dict[str, Any]:
+    """A method's parameters, for the report; what was measured for it is not among them."""
+    everything: dict[str, Any] = {
+        entry.name: getattr(method, entry.name)
+        for entry in fields(method)  # type: ignore[arg-type]
+        if entry.metadata.get("parameter", True)
+    }
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in everything.items()}  # type: ignore[arg-type]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Fapm, Magnitude, HalfReset, Hma, Ties, Dare)}
+
+__all__ = [
+    "MERGES",
+    "METHODS",
+    "Dare",
+    "Fapm",
+    "HalfReset",
+    "Hma",
+    "Magnitude",
+    "Method",
+    "Ties",
+    "Wanda",
+    "parameters",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Fapm, Magnitude, HalfReset, Hma, Ties, Dare, Wanda)
+}
 # Those that take several fine-tuned models.
 MERGES = (Ties, Dare)

@@ -57,9 +57,9 @@ class Dare:
 
     def plan(self, items: Sequence[Item]) -> list[Action]:
         if self.drop_rate == 1:
-            return plan_pruning(items, self.scope, Reset(), "tensor")
+            return plan_pruning(items, self.scope, lambda _: Reset())
         keeps = partial(draw, self.seed, self.drop_rate)
-        return plan_pruning(items, self.scope, Merge(combine, self.lam / (1 - self.drop_rate), keeps), "tensor")
+        return plan_pruning(items, self.scope, lambda _: Merge(combine, self.lam / (1 - self.drop_rate), keeps))
 
 
 def draw(seed: int, drop_rate: float, name: str, model: int, start: int, count: int) -> Any:

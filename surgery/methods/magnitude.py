@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from surgery.actions import Action, Prune
 from surgery.checkpoint.pair import Item
-from surgery.methods.scope import GROUPS, Scope, number, one_of, plan_pruning, share
+from surgery.methods.scope import GROUPS, Scope, grouped, number, one_of, plan_pruning, share
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Magnitude:
         return f"magnitude-{number(self.sparsity)}"
 
     def plan(self, items: Sequence[Item]) -> list[Action]:
-        return plan_pruning(items, self.scope, Prune(score, self.sparsity, kernel=self.name), self.group)
+        prune = Prune(score, self.sparsity, kernel=self.name)
+        return plan_pruning(items, self.scope, partial(grouped, prune, self.group))
 
 
 def score(delta: Any, weight: Any, mean: Any) -> Any:

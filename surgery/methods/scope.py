@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from surgery.actions import Action, Keep, Prune, Reset
@@ -47,12 +47,8 @@ class Scope:
                     raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}.") from None
 
 
-def plan_pruning(items: Sequence[Item], scope: Scope, action: Action, group: str) -> list[Action]:
-    """Prune what is in scope, or whatever else the action is; the rest follows `scope.rest`.
-
-    Args:
-        group: of a Prune, what has a threshold of its own: "tensor", or "expert" for each expert of a stacked [E, …] tensor, as
-            if it were stored by itself.
+def plan_pruning(items: Sequence[Item], scope: Scope, action: Callable[[Item], Action]) -> list[Action]:
+    """Give what is in scope an action of its own; the rest follows `scope.rest`.
 
     Raises:
         OptionError: a pattern matches no tensor, or nothing is left in scope.
@@ -73,14 +69,18 @@ def plan_pruning(items: Sequence[Item], scope: Scope, action: Action, group: str
     if not any(map(in_scope, items)):
         raise OptionError("No tensor is in scope, so there is nothing to prune: see --scope, --include and --exclude.")
     rest = Reset() if scope.rest == "pre" else Keep()
-    return [_grouped(item, action, group) if in_scope(item) else rest if item.editable else Keep() for item in items]
+    return [action(item) if in_scope(item) else rest if item.editable else Keep() for item in items]
 
 
-def _grouped(item: Item, action: Action, group: str) -> Action:
+def grouped(prune: Prune, group: str, item: Item) -> Prune:
+    """The pruning of one tensor.
+
+    Args:
+        group: what has a threshold of its own: "tensor", or "expert" for each expert of a stacked [E, …] tensor, as if it were
+            stored by itself.
+    """
     stacked = len(item.ft.shape) == 3 and item.place.category == "feed_forward" and item.ft.shape[0] > 0
-    if isinstance(action, Prune) and stacked and group == "expert":
-        return replace(action, groups=item.ft.shape[0])
-    return action
+    return replace(prune, groups=item.ft.shape[0]) if stacked and group == "expert" else prune
 
 
 def _matches(option: str, pattern: str, names: Sequence[str]) -> set[str]:

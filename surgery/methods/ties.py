@@ -53,7 +53,7 @@ class Ties:
 
     def plan(self, items: Sequence[Item]) -> list[Action]:
         trim = Prune(magnitude.score, self.sparsity, kernel="magnitude")
-        return plan_pruning(items, self.scope, Merge(combine, self.lam, trim), "tensor")
+        return plan_pruning(items, self.scope, lambda _: Merge(combine, self.lam, trim))
 
 
 def combine(trimmed: list[Any]) -> tuple[Any, list[Any]]:

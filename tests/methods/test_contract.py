@@ -26,6 +26,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "hma": {"ratios": (0.3, 0.2)},
     "ties": {"sparsity": 0.8},
     "dare": {"drop_rate": 0.9},
+    "wanda": {"sparsity": 0.9},  # without norms: |Δ|, row by row
 }
 ENDS: dict[str, Callable[[float], dict[str, Any]]] = {
     "fapm": lambda share: {"sparsity": share},
@@ -34,6 +35,7 @@ ENDS: dict[str, Callable[[float], dict[str, Any]]] = {
     "hma": lambda share: {"ratios": (share,)},
     "ties": lambda share: {"sparsity": share},
     "dare": lambda share: {"drop_rate": share},
+    "wanda": lambda share: {"sparsity": share},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -86,7 +88,7 @@ def test_the_two_ends(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
         kept = (
             tensor in outside
             if name == "half-reset"
-            else name in ("fapm", "magnitude", "ties", "dare") and ft[tensor].dim() == 1  # --rest ft
+            else name in ("fapm", "magnitude", "ties", "dare", "wanda") and ft[tensor].dim() == 1  # --rest ft
         )
         assert same_bits(all_pre[tensor], (ft if kept else pre)[tensor]), tensor
 
@@ -202,6 +204,7 @@ def test_the_label_names_the_output(name: str, tmp_path: Path) -> None:
         "hma": "hma-0.3-0.2",
         "ties": "ties-0.8",
         "dare": "dare-0.9",
+        "wanda": "wanda-0.9",
     }[name]
     job = prepare(tmp_path / "pre", tmp_path / "ft", usual(name))
     assert job.out == tmp_path.resolve() / f"ft-{label}"

@@ -1,0 +1,154 @@
+"""Input norms for a job: measured on calibration text, or read from a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.actions import PruneRows
+from surgery.calibrate import cache
+from surgery.calibrate.norms import Norm
+from surgery.checkpoint.fingerprint import weights_fingerprint
+from surgery.checkpoint.source import BORROWING
+from surgery.errors import OptionError
+from surgery.job import Job, replan
+from surgery.methods.wanda import InputNorms, Wanda
+from surgery.outfile import OutFile
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where norms come from: `text` to measure them on, or a `file` in which they were saved, or both, which have to agree.
+
+    Args:
+        samples, length, seed, text_field: of the samples; see `surgery.calibrate.text.samples`.
+        batch: samples in one forward pass.
+        save: a file to keep the norms in.
+
+    Raises:
+        OptionError: there is neither a text nor a file.
+    """
+
+    text: str | None
+    file: Path | None = None
+    save: Path | None = None
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+    text_field: str | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.file is None:
+            raise OptionError("Give a text with --calibration, or norms that were saved with --norms.")
+        if self.batch < 1:
+            raise OptionError(f"--batch-size must be 1 or more, not {self.batch}.")
+
+
+def activation_bytes(job: Job, calibration: Calibration) -> int:
+    """A bound on what the samples keep in memory between two layers."""
+    from surgery.calibrate import model, text
+
+    folder = _folder(job)
+    config = model.read_config(folder)
+    length = min(calibration.length, text.max_positions(config) or calibration.length)
+    return model.activation_bytes(config, calibration.samples, length, model.main_dtype(job.pair.ft.tensors))
+
+
+def calibrated(job: Job, calibration: Calibration, *, device: str, advance: Callable[[int, int], None]) -> Job:
+    """The job with the norms that its method, Wanda, needs.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+        advance: called after each block of the model with the blocks done and the blocks in all.
+
+    Raises:
+        SurgeryError: the text, the model or the file with the norms is not as it should be.
+    """
+    assert isinstance(job.method, Wanda)
+    norms, about = _input_norms(job, calibration, device, advance)
+    planned = replan(job, replace(job.method, norms=norms, calibration=about))
+    planned.pair.notes.extend(_magnitude_notes(planned, norms))
+    return planned
+
+
+def _input_norms(
+    job: Job, calibration: Calibration, device: str, advance: Callable[[int, int], None]
+) -> tuple[dict[str, InputNorms], dict[str, Any]]:
+    """The norms of ft's input features by tensor, and what they were measured on."""
+    from surgery.calibrate import lockstep, text
+
+    ft, folder = job.pair.ft, _folder(job)
+    with ExitStack() as stack:
+        if calibration.save:  # refuse a bad place before the work
+            stack.enter_context(OutFile(calibration.save, cache.ENDINGS, "--save-norms"))
+    tokens, about = None, dict[str, Any]()
+    if calibration.text is not None:
+        tokens, about = text.samples(
+            calibration.text,
+            folder,
+            count=calibration.samples,
+            length=calibration.length,
+            seed=calibration.seed,
+            text_field=calibration.text_field,
+        )
+        job.pair.notes.extend(about.pop("notes"))
+    if calibration.file is not None:
+        key = {"weights": weights_fingerprint(ft)} | {name: about[name] for name in ("tokens_sha256",) if about}
+        norms, about = cache.load(calibration.file, key), cache.stored_key(calibration.file)
+    else:
+        assert tokens is not None
+        checksums: dict[str, str] = {}
+        norms = lockstep.measure(
+            ft,
+            folder,
+            tokens,
+            device=_device(device),
+            batch=calibration.batch,
+            advance=advance,
+            checksums=checksums,
+        )
+        about["weights"] = weights_fingerprint(ft, checksums)
+    if calibration.save:
+        cache.save(calibration.save, norms, about)
+    digest = hashlib.sha256(b"".join(norms[name].values.tobytes() for name in sorted(norms))).hexdigest()
+    return {name: _for_method(norm) for name, norm in norms.items()}, about | {"norms_sha256": digest}
+
+
+def _magnitude_notes(job: Job, norms: dict[str, InputNorms]) -> list[str]:
+    """What is pruned without a norm, for the report."""
+    notes = []
+    for step in job.steps:
+        if not isinstance(step.action, PruneRows):
+            continue
+        found = norms.get(step.ft.name)
+        if found is None:
+            notes.append(f"{step.ft.name}: no input of a matrix product, scored by |Δ| alone.")
+        elif found.seen is not None and not found.seen.all():
+            lost = int(np.count_nonzero(~found.seen))
+            notes.append(f"{step.ft.name}: {lost} of {len(found.seen)} experts saw no token, scored by |Δ| alone.")
+    return notes
+
+
+def _folder(job: Job) -> Path:
+    """Where config.json and the tokenizer lie."""
+    return (job.pair.pre if job.pair.ft.format in BORROWING else job.pair.ft).folder
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def _for_method(norm: Norm) -> InputNorms:
+    seen = norm.tokens > 0 if isinstance(norm.tokens, np.ndarray) else None
+    if seen is None and norm.tokens == 0:  # an expert that is stored by itself
+        return InputNorms(np.ones_like(norm.values), norm.transposed)
+    return InputNorms(norm.values, norm.transposed, seen)

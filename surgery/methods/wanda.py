@@ -1,0 +1,96 @@
+"""Wanda on the task vector (`surgery wanda`; FAPM paper §5.2; Sun et al. 2023, arXiv 2306.11695, Eq. 1).
+
+    S_jk = |Δ_jk| · ‖X_k‖₂
+
+    Δ       ft − pre, one weight [out, in]; stored [in, out] by GPT-2 and some mixtures of experts
+    X_k     input feature k of this weight over all calibration tokens, when the fine-tuned model runs
+
+Of each output row the entries with the lowest scores go back to pre (the authors' choice; `--group tensor` compares over the
+matrix). A head is scored by its own input, an embedding that is tied to it likewise. What has no such input is scored by |Δ|
+alone, row by row: an embedding with a head of its own, and an expert that saw no token.
+
+The norms come from the model as it was fine-tuned. The authors prune a model layer by layer and let the pruned layers compute the
+next inputs; here it is the task vector that is pruned, and the model whose activations matter is the one that was trained.
+
+Cost: the calibration; then one pass over the rows, two where the weight is stored [in, out].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.actions import Action, PruneRows
+from surgery.checkpoint.pair import Item
+from surgery.errors import OptionError
+from surgery.methods.scope import Scope, number, one_of, plan_pruning, share
+
+GROUPS = ("row", "tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class InputNorms:
+    """‖X_k‖₂ of one weight's input features.
+
+    Attributes:
+        values: float32 [k], or [E, k] for E experts stacked in one tensor.
+        transposed: the weight is stored [in, out].
+        seen: for each expert whether it saw a token, bool [E]; None for a single matrix.
+    """
+
+    values: NDArray[np.float32]
+    transposed: bool
+    seen: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Activation-aware pruning of the task vector.
+
+    Args:
+        sparsity: the share of each group's entries that goes back to pre, in [0, 1].
+        scope: which tensors are pruned, and what becomes of the others.
+        group: "row" or "tensor": what has a threshold of its own.
+        calibration: what the norms were measured on, for the report.
+        norms: by name in ft; a tensor without one is scored by |Δ|.
+    """
+
+    name: ClassVar[str] = "wanda"
+    about: ClassVar[str] = "Wanda on the task vector, S = |Δ| · ‖X‖₂ (arXiv 2306.11695)"
+    sparsity: float = 0.9
+    scope: Scope = field(default_factory=Scope)
+    group: str = "row"
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    norms: Mapping[str, InputNorms] = field(default_factory=dict, repr=False, metadata={"parameter": False})
+
+    def __post_init__(self) -> None:
+        share("sparsity", self.sparsity)
+        one_of("group", self.group, GROUPS)
+
+    def label(self) -> str:
+        return f"wanda-{number(self.sparsity)}"
+
+    def plan(self, items: Sequence[Item]) -> list[Action]:
+        return plan_pruning(items, self.scope, self._prune)
+
+    def _prune(self, item: Item) -> PruneRows:
+        assert item.pre is not None
+        shape, found = item.pre.shape, self.norms.get(item.ft.name)
+        if found is None:
+            # As stored, a row is what lies one behind the other; of stacked matrices each row of each.
+            k = shape[-1] if item.place.category == "feed_forward" else math.prod(shape[1:])
+            return PruneRows(np.ones(k, np.float32), self.sparsity, whole=self.group == "tensor")
+        stacked = found.values.ndim == 2
+        k = shape[-2] if found.transposed else shape[-1] if stacked else math.prod(shape[1:])
+        if found.values.shape[-1] != k or (stacked and len(found.values) != shape[0]):
+            raise OptionError(
+                f"The norms of {item.ft.name} are {list(found.values.shape)}, which does not fit its shape {list(shape)}. "
+                "Calibrate again."
+            )
+        weights = found.values if found.seen is None else np.where(found.seen[:, None], found.values, np.float32(1))
+        return PruneRows(weights, self.sparsity, found.transposed, self.group == "tensor")
