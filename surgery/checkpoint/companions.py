@@ -25,7 +25,9 @@ STAY_NAMES = tuple(
     " latest zero_to_fp32.py adapter_config.json params.json checklist.chk consolidated.index.json".split()
 )
 STAY_BEGINNINGS = (".", "readme", "events.out.tfevents")
-STAY_FOLDERS = tuple(". checkpoint- round- global_step runs wandb logs original onnx openvino coreml __pycache__".split())
+STAY_FOLDERS = tuple(
+    ". checkpoint- round- global_step runs wandb logs original onnx openvino coreml __pycache__".split()
+)
 # The modules after the transformer in a sentence-transformers model, "2_Dense/model.safetensors", have weights of their own.
 MODULE = re.compile(r"[0-9]+_[A-Z][^/]*/[^/]+\.(safetensors|bin)")
 KNOWN = re.compile(

@@ -35,8 +35,8 @@ def _root(
         typer.echo(context.get_help())
 
 
-edit.register(app)
-delta.register(app)
-wanda.register(app)
-demo.register(app)
 diff.register(app)
+edit.register(app)
+wanda.register(app)
+delta.register(app)
+demo.register(app)
