@@ -163,9 +163,10 @@ def unit(name: str) -> str:
     """The module that the tensor called `name` belongs to, so that a bias can go with its weight.
 
     "model.layers.0.self_attn.q_proj" for its .weight and its .bias, "…experts.gate_up_proj" for itself and for
-    "…experts.gate_up_proj_bias". A tensor with a name of its own ("mixer.A_log", "self_attn.sinks") is its own unit.
+    "…experts.gate_up_proj_bias". A tensor with a name of its own ("mixer.A_log", "self_attn.sinks") is its own unit. What
+    training tools put into a name is taken out.
     """
-    return _PARAMETER.sub("", name)
+    return _PARAMETER.sub("", _WRAPPERS.sub("", name))
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from surgery import __version__
-from surgery.commands import delta, demo, diff, edit, wanda
+from surgery.commands import delta, demo, diff, edit, train, wanda
 
 app = typer.Typer(
     name="surgery",
@@ -40,3 +40,4 @@ edit.register(app)
 wanda.register(app)
 delta.register(app)
 demo.register(app)
+train.register(app)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,12 +68,13 @@ class HalfReset:
         editable = [item for item in items if item.editable]
         if not any(item.place.layer is not None for item in editable):
             raise OptionError("No tensor of ft belongs to a layer, so there is no half to reset.")
-        chosen = choose([item.ft.name for item in editable], self.ratio, self.level, self.seed)
-        chosen |= {item.ft.name for item in editable if item.place.layer is None and item.place.category in self.also}
+        chosen = choose([item.ft.name for item in editable], self.ratio, self.level, self.seed, self.also)
         return [Reset() if item.ft.name in chosen and item.editable else Keep() for item in items]
 
 
-def choose(names: Iterable[str], ratio: float, level: str = "category", seed: int = 0) -> set[str]:
+def choose(
+    names: Iterable[str], ratio: float, level: str = "category", seed: int = 0, also: Collection[str] = ()
+) -> set[str]:
     """The tensors that Half-Reset resets and HFT freezes.
 
     Args:
@@ -82,18 +83,21 @@ def choose(names: Iterable[str], ratio: float, level: str = "category", seed: in
             to the ratio as whole tensors allow.
         level: "category", "layer" or "model".
         seed: the draw.
+        also: whole groups outside the blocks, all of which are chosen: "embedding", "head", "norm".
 
     Returns:
-        Names of the chosen tensors, biases with their weights; only tensors of layers.
+        Names of the chosen tensors, biases with their weights.
     """
     # stack -> layer -> category -> module -> its tensors
     stacks: dict[str, dict[int, dict[str, dict[str, list[str]]]]] = {}
+    chosen: set[str] = set()
     for name in names:
         where = place(name)
-        if where.layer is not None and where.category in ("attention", "feed_forward", "norm"):
+        if where.layer is None and where.category in also:
+            chosen.add(name)
+        elif where.layer is not None and where.category in ("attention", "feed_forward", "norm"):
             layer = stacks.setdefault(where.stack, {}).setdefault(where.layer, {})
             layer.setdefault(where.category, {}).setdefault(unit(name), []).append(name)
-    chosen: set[str] = set()
     for stack, layers in sorted(stacks.items()):
         units = {
             key: unit_names

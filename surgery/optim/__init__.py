@@ -1,0 +1,11 @@
+"""Training that forgets less: the optimizer MoFO, and the freezing of half fine-tuning (HFT).
+
+They need torch and nothing else, and fit any training loop that a torch.optim.Optimizer fits.
+"""
+
+from __future__ import annotations
+
+from surgery.optim.half_freeze import Freeze, half_freeze
+from surgery.optim.mofo import MoFO
+
+__all__ = ["Freeze", "MoFO", "half_freeze"]

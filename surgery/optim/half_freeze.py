@@ -1,0 +1,89 @@
+"""Half fine-tuning (HFT paper, §2 and Algorithm 1): a random half of the blocks' tensors is frozen for a round of training.
+
+What is frozen is what Half-Reset would reset: `surgery.methods.half_reset.choose` draws for both. A frozen tensor keeps its bits
+and costs no gradient, no optimizer state and no multiplication for its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery.errors import OptionError
+from surgery.layout import place
+from surgery.methods.half_reset import ALSO, LEVELS, choose
+from surgery.methods.scope import one_of, share
+
+if TYPE_CHECKING:
+    import torch
+
+# The attribute of a module that holds the names of those of its parameters that are frozen for this round. Modules outlive
+# what wrappers do with parameters.
+_MARK = "_half_frozen"
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """What one round of half fine-tuning leaves alone.
+
+    Attributes:
+        ratio, level, seed: as asked for.
+        names: of the frozen tensors, in the model's order and words.
+        frozen, parameters: how many entries are frozen, and how many the model has; a tied tensor counts once.
+    """
+
+    ratio: float
+    level: str
+    seed: int
+    names: tuple[str, ...]
+    frozen: int
+    parameters: int
+
+    @property
+    def share(self) -> float:
+        """The share of the model's parameters that is frozen."""
+        return self.frozen / self.parameters
+
+
+def half_freeze(
+    model: torch.nn.Module, ratio: float = 0.5, level: str = "category", seed: int = 0, also: Collection[str] = ()
+) -> Freeze:
+    """Freeze a random half of the blocks' tensors, for one round; what the round before froze is trained again.
+
+    Call it before the optimizer is made, or before each round: a frozen parameter has no gradient, and every optimizer leaves it
+    alone. Parameters that the caller froze stay frozen.
+
+    Args:
+        model: a transformer; its parameters' requires_grad is set, and gradients of what is frozen are dropped.
+        ratio: the share of tensors that is frozen, in [0, 1].
+        level: "category", "layer" or "model", as in Half-Reset.
+        seed: the draw, an integer ≥ 0: another one for another round.
+        also: what to freeze outside the blocks: "embedding", "head", "norm" (the final norm). By default they are trained.
+
+    Raises:
+        OptionError: an argument outside its range, or no parameter belongs to a layer.
+    """
+    share("ratio", ratio)
+    one_of("level", level, LEVELS)
+    for group in also:
+        one_of("also", group, ALSO)
+    if seed < 0:
+        raise OptionError(f"seed must be 0 or greater, not {seed}.")
+    parameters = dict(model.named_parameters())
+    if not any(place(name).layer is not None for name in parameters):
+        raise OptionError("No parameter of the model belongs to a layer, so there is no half to freeze.")
+    for module in model.modules():
+        for name in vars(module).pop(_MARK, ()):
+            module.get_parameter(name).requires_grad_(True)
+    chosen = choose(parameters, ratio, level, seed, also)
+    names = tuple(name for name in parameters if name in chosen)
+    for name in names:
+        parameter = parameters[name]
+        if parameter.requires_grad:
+            path, _, own = name.rpartition(".")
+            vars(model.get_submodule(path)).setdefault(_MARK, []).append(own)
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    frozen = sum(parameters[name].numel() for name in names)
+    return Freeze(ratio, level, seed, names, frozen, sum(parameter.numel() for parameter in parameters.values()))

@@ -1,0 +1,141 @@
+"""Which entries have the k largest |scores|, exactly, ties to the lowest index.
+
+The answer is a threshold and a number of ties: chosen is an entry whose |score| is above the threshold, and among the first
+`ties` entries also one that is equal to it. A score that is NaN counts as −∞.
+
+`largest` looks at an array in memory with the `Search` that pruning uses; `largest_of_pieces` at a tensor whose pieces lie in
+several processes, by exchanging counts; `chosen` at a tensor on any device, without waiting for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery import kernels
+from surgery.actions import Prune
+from surgery.kernels import Floats
+from surgery.methods import magnitude
+from surgery.optim.piece import Piece
+from surgery.selection import Search, runs
+
+CHUNK = 1 << 18
+# How a function is mapped over chunks: `map`, or that of a pool of threads.
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+# |Δ| with a pre of zeros is |score|, so that pruning's pass over a chunk does for MoFO.
+_SCORE = Prune(magnitude.score, 0.0, kernel="magnitude")
+_ZEROS = np.zeros(CHUNK, np.uint16)
+_DIGIT = 11  # bits of a number that one histogram resolves
+
+
+def slices(n: int) -> Iterator[slice]:
+    """n entries in chunks that stay in a processor's cache."""
+    return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
+
+
+def largest(scores: Floats, k: int, each: Each) -> tuple[np.float32, int]:
+    """The threshold and the ties of the k largest |scores|.
+
+    Args:
+        scores: float32 [n], contiguous.
+        k: 1 ≤ k ≤ n.
+        each: maps over chunks; the result does not depend on it.
+    """
+    n = len(scores)
+    if k == n:
+        return np.float32(-np.inf), n
+    starts, length = runs(n)
+    search = Search(np.abs(np.lib.stride_tricks.sliding_window_view(scores, length)[starts]), n, n - k + 1)
+    above = n - int(np.searchsorted(search.sample, search.threshold, "right"))
+    tied = n - above - int(np.searchsorted(search.sample, search.threshold, "left"))
+    while not search.found:
+        bracket = search.bracket()
+        passed = list(each(partial(_count, bracket), (scores[at] for at in slices(n))))
+        above_low, above_high = sum(part.above_low for part in passed), sum(part.above_high for part in passed)
+        inside = np.concatenate([part.inside for part in passed])
+        search.narrow(above_low, above_high, inside)
+        above = above_high + int(np.count_nonzero(inside > search.threshold))
+        tied = int(np.count_nonzero(inside == search.threshold)) if search.collect else above_low - above_high
+    if search.threshold == -np.inf:
+        tied = n - above
+    wanted = k - above
+    return search.threshold, n if tied == wanted else _end_of_ties(scores, search.threshold, wanted)
+
+
+def _count(bracket: tuple[np.float32, np.float32, bool], scores: Floats) -> kernels.Counted:
+    return kernels.count(_SCORE, np.float32(0), bracket, "BF16", _ZEROS[: len(scores)], "F32", scores)
+
+
+def _end_of_ties(scores: Floats, threshold: np.float32, wanted: int) -> int:
+    """How many entries must be passed to meet `wanted` that are tied with the threshold."""
+    for at in slices(len(scores)):
+        tied = np.isnan(scores[at]) if threshold == -np.inf else np.abs(scores[at]) == threshold
+        places = np.flatnonzero(tied)
+        if len(places) >= wanted:
+            return int(at.start + places[wanted - 1]) + 1
+        wanted -= len(places)
+    raise AssertionError("there are fewer ties than were counted")
+
+
+def chosen(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest |scores| as a mask, found without a host's waiting for the device.
+
+    Args:
+        scores: [n], floating point, any device.
+        k: 1 ≤ k ≤ n.
+    """
+    sizes = torch.nan_to_num(scores.abs(), nan=-math.inf, posinf=math.inf)
+    threshold = torch.topk(sizes, k, sorted=False).values.amin()
+    above, tied = sizes > threshold, sizes == threshold
+    return above | (tied & (tied.cumsum(0, dtype=torch.int32) <= k - above.sum()))
+
+
+def largest_of_pieces(scores: torch.Tensor, k: int, piece: Piece) -> tuple[float, int]:
+    """The threshold of the k largest |scores| of a whole tensor, and the ties within this process's piece.
+
+    Every process that holds a piece must call this at the same time. What they exchange is histograms, of 2¹¹ counts each: of the
+    leading bits of the scores, then of the bits that follow, and of positions where only some of the tied entries are chosen.
+
+    Args:
+        scores: float32 or float64 [entries of the piece], any device.
+        k: 1 ≤ k ≤ entries of the whole tensor; ties go to the lowest index in the whole tensor.
+    """
+    # The bits of a number that is not negative are in its order. NaN comes first, as 0.
+    word, bits = (torch.int64, 63) if scores.dtype == torch.float64 else (torch.int32, 31)
+    keys = torch.where(scores.isnan(), 0, scores.abs().view(word) + 1)
+    found, wanted, tied = _kth_largest(keys, k, bits, piece)
+    threshold = float(torch.tensor(found - 1, dtype=word).view(scores.dtype)) if found else -math.inf
+    if tied == wanted:
+        return threshold, len(scores)
+    # Entries of a piece are in the order of their positions in the whole.
+    local = (keys == found).nonzero().flatten()
+    positions = piece.positions(local)
+    backwards, _, _ = _kth_largest(piece.size - 1 - positions, wanted, piece.size.bit_length(), piece)
+    mine = int((positions <= piece.size - 1 - backwards).sum())
+    return threshold, int(local[mine - 1]) + 1 if mine else 0
+
+
+def _kth_largest(keys: torch.Tensor, k: int, bits: int, piece: Piece) -> tuple[int, int, int]:
+    """The k-th largest key of all pieces; how many of those equal to it are among the k largest; how many are equal to it.
+
+    Args:
+        keys: this piece's, int32 or int64, 0 ≤ key < 2^bits.
+    """
+    found, tied = 0, 0
+    for shift in reversed(range(0, bits, _DIGIT)):
+        digits = keys >> shift
+        digits = digits[digits >> _DIGIT == found] & (1 << _DIGIT) - 1
+        counts = torch.bincount(digits, minlength=1 << _DIGIT)
+        piece.add_up(counts)
+        down = counts.cpu().numpy()[::-1]
+        at_least = np.cumsum(down)
+        place = int(np.searchsorted(at_least, k))
+        k -= int(at_least[place] - down[place])
+        found, tied = found << _DIGIT | len(down) - 1 - place, int(down[place])
+    return found, k, tied

@@ -1,0 +1,244 @@
+"""MoFO, the momentum-filtered optimizer ("MoFO: Momentum-Filtered Optimizer for Mitigating Forgetting in LLM Fine-Tuning").
+
+Adam that in each step updates, of every tensor, only the entries with the largest momentum, so that the model ends nearer to
+where it began. `surgery.optim.update` has the formulas.
+
+Where the paper leaves something open: α·n is rounded up; ties go to the lowest index (its Remark 1); decoupled weight decay is
+for the updated entries only, so that every other entry keeps its bits; one-dimensional tensors are filtered too (its D.4), other
+than in the authors' code. An entry whose momentum is NaN counts as the smallest.
+
+Memory: AdamW's two moments in float32, whatever the parameters' type, and in a step a few tensors more. Time on a CPU: about
+four of torch's fused AdamW steps (`benchmarks/optim_step.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import partial
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from surgery.errors import OptionError
+from surgery.methods.scope import finite, one_of
+from surgery.optim import noise
+from surgery.optim.largest import CHUNK
+from surgery.optim.piece import is_spread, piece_of
+from surgery.optim.update import DTYPES, Update, on_cpu, on_device
+
+FILTERS = ("momentum", "gradient", "mv", "random")
+ROUNDINGS = ("nearest", "stochastic", "master")
+# What FSDP1 and DeepSpeed ZeRO-3 leave on a parameter that they flatten or take away.
+_FLATTENED = ("_is_flat_param", "_fsdp_flattened", "ds_id")
+
+
+class MoFO(torch.optim.Optimizer):
+    """Adam that updates, of each tensor of n entries, the ⌈α·n⌉ of the largest momentum; all others keep their bits in that step.
+
+    For parameters on any device, in float32, float64, bfloat16 or float16, whole or as DTensors (FSDP2, tensor parallelism): the
+    filter is over the whole logical tensor, and the result is that of a single process. A parameter without a gradient is left
+    alone. Every argument but `params` may differ between parameter groups.
+
+    Args:
+        params: parameters, or groups of them, as for any torch optimizer.
+        lr: the learning rate, ≥ 0.
+        betas: β₁ and β₂, in [0, 1).
+        eps: ε, ≥ 0.
+        weight_decay: λ ≥ 0, decoupled; of the updated entries only.
+        alpha: the share of entries that is updated, in (0, 1], as a decimal number: 0.07 of 100 entries is 7. The paper advises
+            0.05 to 0.2.
+        filter: "momentum": |m|; or the paper's Table 3: "gradient": |g|; "mv": |m| / √v, 0 where m = 0; "random": anew each step.
+        filter_1d: False updates one-dimensional tensors (norms, biases) in full, as the authors' code does.
+        rounding: of a bfloat16 or float16 parameter. "nearest": small updates get lost; "stochastic": up or down by chance, only
+            for bfloat16; "master": state keeps a float32 copy, which takes the updates.
+        seed: of "random" and "stochastic". What they draw depends on the seed, the step, and the entry alone.
+
+    Raises:
+        OptionError: an argument outside its range, a parameter that is not floating point, or one that was flattened by FSDP1 or
+            DeepSpeed; in a step also a sparse gradient.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        alpha: float = 0.15,
+        filter: str = "momentum",
+        filter_1d: bool = True,
+        *,
+        rounding: str = "nearest",
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "filter": filter,
+            "filter_1d": filter_1d,
+            "rounding": rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with whatever arguments differ from the optimizer's."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+        except OptionError:
+            self.param_groups.pop()
+            raise
+        # To notice that a wrapper has put something else in the place of the parameters.
+        group["dims"] = [p.ndim for p in group["params"]]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict()` was taken; the moments keep their type beside parameters of 16 bits."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for index, p in zip(saved, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step" and value.dtype != p.dtype:  # which torch has cast
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one step.
+
+        Args:
+            closure: computes the loss and its gradients again; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        alone: list[Update] = []
+        ordinal = -1
+        for group in self.param_groups:
+            _check_whole(group)
+            for p in group["params"]:
+                ordinal += 1
+                if p.grad is None or p.numel() == 0:
+                    continue
+                update, write_back = self._update(group, p, ordinal)
+                on_host = update.param.device.type == "cpu" and update.m.dtype == torch.float32
+                if on_host and update.piece is None and write_back is None:
+                    alone.append(update)
+                    continue
+                if on_host:
+                    on_cpu(update, map)
+                else:
+                    on_device(update)
+                if write_back:
+                    write_back()
+        _in_threads(alone)
+        return loss
+
+    def _update(
+        self, group: dict[str, Any], p: torch.Tensor, ordinal: int
+    ) -> tuple[Update, Callable[[], object] | None]:
+        """What there is to do for a parameter, and how to put the result into one that is not contiguous."""
+        if p.grad is None or p.grad.layout != torch.strided:
+            raise OptionError("MoFO takes no sparse gradient; make the embedding with sparse=False.")
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
+            if group["rounding"] == "master" and p.element_size() < 4:
+                state["master"] = p.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        state["step"] += 1
+        step, gradient, local = int(state["step"]), p.grad, _local(p)
+        if is_spread(p) and gradient.placements != p.placements:  # type: ignore[attr-defined]
+            gradient = gradient.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+        update = Update(
+            param=local.reshape(-1),
+            gradient=_local(gradient).reshape(-1),
+            m=_local(state["exp_avg"]).view(-1),
+            v=_local(state["exp_avg_sq"]).view(-1),
+            master=_local(state["master"]).view(-1) if "master" in state else None,
+            k=how_many(group["alpha"], p.numel()) if p.ndim != 1 or group["filter_1d"] else p.numel(),
+            piece=piece_of(p),
+            step=step,
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            score=group["filter"],
+            stochastic=group["rounding"] == "stochastic" and p.dtype == torch.bfloat16,
+            key=noise.key(group["seed"], ordinal, step),
+        )
+        flat = update.param
+        return update, None if local.is_contiguous() else lambda: local.copy_(flat.view_as(local))
+
+
+def how_many(alpha: float, n: int) -> int:
+    """⌈α·n⌉, with α the decimal number that Python prints for it: no product is rounded up past a whole number."""
+    return min(n, math.ceil(Fraction(repr(float(alpha))) * n))
+
+
+def _in_threads(updates: list[Update]) -> None:
+    """Do all updates with as many threads as torch has: a large tensor's chunks at once, or else several tensors."""
+    threads, entries = torch.get_num_threads(), sum(update.param.numel() for update in updates)
+    if threads == 1 or entries <= CHUNK:
+        for update in updates:
+            on_cpu(update, map)
+        return
+    share = entries / threads / 2
+    with ThreadPoolExecutor(threads) as pool:
+        for update in updates:
+            if update.param.numel() > share:
+                on_cpu(update, pool.map)
+        list(pool.map(partial(on_cpu, each=map), [u for u in updates if u.param.numel() <= share]))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def _check(group: dict[str, Any]) -> None:
+    finite("lr", float(group["lr"]))
+    for name in ("lr", "eps", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise OptionError(f"{name} must be 0 or greater, not {group[name]}.")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise OptionError(f"betas must be from 0 up to, but not including, 1; they are {group['betas']}.")
+    if not 0 < group["alpha"] <= 1:
+        raise OptionError(
+            f"alpha, the share of entries that is updated, must be above 0 and at most 1, not {group['alpha']}."
+        )
+    one_of("filter", group["filter"], FILTERS)
+    one_of("rounding", group["rounding"], ROUNDINGS)
+    for p in group["params"]:
+        if p.dtype not in DTYPES and p.dtype != torch.float64:
+            raise OptionError(f"MoFO takes parameters in float32, float64, bfloat16 or float16, not in {p.dtype}.")
+        if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+            raise OptionError('rounding="stochastic" is for bfloat16, and a parameter is in float16; use "master".')
+
+
+def _check_whole(group: dict[str, Any]) -> None:
+    """Raise OptionError where a wrapper has flattened the parameters: whole tensors cannot be filtered any more."""
+    if [p.ndim for p in group["params"]] != group["dims"] or any(
+        hasattr(p, mark) for p in group["params"] for mark in _FLATTENED
+    ):
+        raise OptionError(
+            "MoFO filters whole tensors, and FSDP1 or DeepSpeed ZeRO has flattened these parameters; use FSDP2 (fully_shard)."
+        )

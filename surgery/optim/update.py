@@ -1,0 +1,178 @@
+"""One tensor's share of a MoFO step: Adam's moments, the choice of entries, their descent.
+
+    m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²                                     (MoFO paper, Algorithm 1, lines 6–7)
+    θ ← (1 − lr·λ)θ − lr · m̂ / (√v̂ + ε)  for the ⌈α·n⌉ entries of the largest score   (lines 8–13)
+
+where m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ) and λ is the weight decay. `on_cpu` passes over chunks with the kernels; `on_device` is
+torch alone, for accelerators and float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.optim.adamw import adamw
+
+from surgery import kernels
+from surgery.kernels import Array, Floats
+from surgery.optim import noise
+from surgery.optim.kernels import descend, moments
+from surgery.optim.largest import Each, chosen, largest, largest_of_pieces, slices
+from surgery.optim.piece import Piece
+
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+FUSED = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step needs of one parameter. Tensors are flat, contiguous and what this process holds; all but param are m's dtype.
+
+    Attributes:
+        param, gradient: [n], floating point.
+        m, v: [n], float32, or float64 where param is; as the last step left them.
+        master: [n] like m, of which param is a rounded copy; None: param is all there is.
+        k: how many entries of the whole tensor are updated, at least 1.
+        piece: what part of the whole tensor this is; None: all.
+        step: t, from 1.
+        score: "momentum", "gradient", "mv" or "random".
+        stochastic: round up or down to bfloat16 by chance, in proportion to the distance.
+        key: of this parameter's random numbers in this step.
+    """
+
+    param: torch.Tensor
+    gradient: torch.Tensor
+    m: torch.Tensor
+    v: torch.Tensor
+    master: torch.Tensor | None
+    k: int
+    piece: Piece | None
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    score: str
+    stochastic: bool
+    key: int
+
+    @property
+    def all(self) -> bool:
+        """Whether every entry of the whole tensor is updated."""
+        return self.k == (self.piece.size if self.piece else self.param.numel())
+
+    def numbers(self) -> tuple[float, float, float, float]:
+        """Decay, rate, root and ε: of the descent as `kernels.descend` writes it."""
+        beta1, beta2 = self.betas
+        rate = self.lr / (1 - beta1**self.step)
+        return 1 - self.lr * self.weight_decay, rate, math.sqrt(1 - beta2**self.step), self.eps
+
+    def noise(self, positions: noise.Words, purpose: int) -> noise.Words:
+        """Random words for entries, by where they lie in the whole tensor."""
+        return noise.words(self.piece.positions(positions) if self.piece else positions, noise.key(self.key, purpose))
+
+
+def on_cpu(update: Update, each: Each) -> None:
+    """Do the step of a parameter in the memory of the host, float32, bfloat16 or float16.
+
+    Args:
+        each: maps over chunks, perhaps in several threads; the bits of the result do not depend on it.
+    """
+    param, name = _array(update.param), DTYPES[update.param.dtype]
+    gradient, gradient_name = _array(update.gradient), DTYPES[update.gradient.dtype]
+    m, v = _array(update.m), _array(update.v)
+    scores: Floats = m if update.score == "momentum" or update.all else np.empty_like(m)
+
+    def advance(at: slice) -> None:
+        moments(gradient_name, gradient[at], m[at], v[at], *update.betas)
+        if scores is not m:
+            scores[at] = _scores(update, at, kernels.widen(gradient_name, gradient[at]), m[at], v[at])
+
+    def settle(at: slice) -> None:
+        if update.master is not None:
+            values: Floats = _array(update.master)[at]
+        else:
+            values = param[at] if name == "F32" else kernels.widen(name, param[at])
+        descend(scores[at], threshold, max(ties - at.start, 0), update.numbers(), m[at], v[at], values)
+        if name != "F32":
+            param[at] = _dithered(values, update, at) if update.stochastic else kernels.narrow(values, name)
+
+    list(each(advance, slices(len(m))))
+    if update.all:
+        scores, threshold, ties = m, np.float32(-np.inf), len(m)
+    elif update.piece:
+        number, ties = largest_of_pieces(torch.from_numpy(scores), update.k, update.piece)
+        threshold = np.float32(number)
+    else:
+        threshold, ties = largest(scores, update.k, each)
+    list(each(settle, slices(len(m))))
+
+
+def _scores(update: Update, at: slice, gradient: Floats, m: Floats, v: Floats) -> Floats:
+    if update.score == "gradient":
+        return gradient
+    if update.score == "mv":
+        with np.errstate(all="ignore"):
+            return np.where(m == 0, np.float32(0), m / np.sqrt(v))
+    return (update.noise(np.arange(at.start, at.stop), 0) >> 40 & (1 << 24) - 1).astype(np.float32)
+
+
+def _dithered(values: Floats, update: Update, at: slice) -> Array:
+    """Values as raw bfloat16, rounded by chance: a value that bfloat16 has stays as it is."""
+    bits = values.view(np.uint32)
+    up = (update.noise(np.arange(at.start, at.stop), 1) >> 40 & 0xFFFF).astype(np.uint32)
+    return (np.where(np.isfinite(values), bits + up, bits) >> 16).astype(np.uint16)
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def on_device(update: Update) -> None:
+    """Do the step of a parameter of any floating type on any device; torch's fused AdamW does the arithmetic."""
+    param, m, v, dtype = update.param, update.m, update.v, update.m.dtype
+    target = param if update.master is None else update.master
+    values, gradient = target.to(dtype, copy=True), update.gradient.to(dtype)
+    adamw(
+        *([values], [gradient], [m], [v], [], [torch.full((), update.step - 1.0, device=m.device)]),
+        fused=m.device.type in FUSED,
+        amsgrad=False,
+        beta1=update.betas[0],
+        beta2=update.betas[1],
+        lr=update.lr,
+        weight_decay=update.weight_decay,
+        eps=update.eps,
+        maximize=False,
+    )
+    if not update.all:
+        values = torch.where(_mask(update, gradient), values, target.to(dtype))
+    if update.master is not None:
+        update.master.copy_(values)
+    if update.stochastic:
+        up = update.noise(torch.arange(len(m), device=m.device), 1) >> 40 & 0xFFFF
+        bits = values.view(torch.int32)
+        values = torch.where(values.isfinite(), bits + up.to(torch.int32) & -0x10000, bits).view(torch.float32)
+    param.copy_(values)
+
+
+def _mask(update: Update, gradient: torch.Tensor) -> torch.Tensor:
+    if update.score == "momentum":
+        scores = update.m
+    elif update.score == "gradient":
+        scores = gradient
+    elif update.score == "mv":
+        scores = torch.where(update.m == 0, 0, update.m / update.v.sqrt())
+    else:
+        scores = (update.noise(torch.arange(len(gradient), device=gradient.device), 0) >> 40 & (1 << 24) - 1).to(
+            gradient.dtype
+        )
+    if not update.piece:
+        return chosen(scores, update.k)
+    threshold, ties = largest_of_pieces(scores, update.k, update.piece)
+    sizes = torch.nan_to_num(scores.abs(), nan=-math.inf, posinf=math.inf)
+    mask = sizes > threshold
+    mask[:ties] |= sizes[:ties] == threshold
+    return mask

@@ -1,0 +1,163 @@
+"""The model that is trained: a Hugging Face checkpoint in, the same kind of checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.checkpoint.companions import companions
+from surgery.checkpoint.formats import PYTORCH, SAFETENSORS
+from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG = "config.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_SHARD_SIZE = "5GB"
+
+
+def open_model(typed: str) -> Checkpoint:
+    """The model to train, by its headers.
+
+    Args:
+        typed: a folder, or a hub id with an optional `@revision`.
+
+    Raises:
+        CheckpointError, HubError: it cannot be read, or transformers could not train it.
+    """
+    source = resolve(typed, companions=True)
+    if source.file or weights_of(source).format not in (SAFETENSORS, PYTORCH):
+        raise CheckpointError(f"{typed}: cannot be trained. Give the folder of a model in the Hugging Face format.")
+    opened = open_checkpoint(source)
+    for tensor in opened.tensors.values():
+        if tensor.is_quantized:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} is quantized ({tensor.dtype}), so it cannot be trained. Dequantize the model to "
+                "bfloat16 first."
+            )
+    if not (opened.folder / CONFIG).is_file():
+        raise CheckpointError(f"{opened.folder / CONFIG}: no such file, and the model cannot be built without it.")
+    return opened
+
+
+def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+    """Build the model with its weights in `dtype`. Code that comes with it is never run.
+
+    Raises:
+        CheckpointError: transformers cannot build it, or the checkpoint lacks a part of it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM  # its result depends on output_loading_info
+    try:
+        model, found = auto.from_pretrained(
+            checkpoint.folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers cannot build a language model of it ({_reason(error)}). Its architecture must be "
+            "one that transformers itself knows."
+        ) from error
+    missing = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: lacks {missing[0]}{' and others' if len(missing) > 1 else ''}, or has it in another shape, as "
+            f"{type(model).__name__} needs it. Give a complete language model."
+        )
+    built: PreTrainedModel = model
+    return built
+
+
+def load_tokenizer(folder: Path, *, chat: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Args:
+        chat: a chat template is needed.
+
+    Raises:
+        CheckpointError: there is none, or it lacks an end-of-text token or that template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: transformers finds no tokenizer that it can read ({_reason(error)}). Copy tokenizer.json and "
+            "tokenizer_config.json from the base model."
+        ) from error
+    if tokenizer.eos_token is None:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no eos_token, so the model could not learn where an answer ends. Name one in "
+            "tokenizer_config.json."
+        )
+    if chat and tokenizer.chat_template is None:
+        raise CheckpointError(
+            f"{folder}: the data is chat messages, and the tokenizer has no chat template. Add chat_template.jinja, or give "
+            "prompts and completions as text."
+        )
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
+    """Write a complete checkpoint: the model's weights, and every other file as the start model has it.
+
+    Args:
+        model: trained; its weights are cast in place.
+        checkpoint: the start model.
+        dtype: of the weights; None for what each tensor is stored in there.
+    """
+    stored = {tensor.name: DTYPES[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.is_float}
+    sizes = dict[torch.dtype, int]()
+    for tensor in checkpoint.tensors.values():
+        if tensor.is_float:
+            sizes[stored[tensor.name]] = sizes.get(stored[tensor.name], 0) + tensor.entries
+    most = max(sizes, key=lambda each: sizes[each])
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype) if dtype else stored.get(name, most))
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith("model"):
+            path.unlink()
+    copy_companions(checkpoint, folder)
+    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+        shutil.copymode(folder / CONFIG, path)
+    if dtype is not None:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
+        config.pop("torch_dtype", None)
+        (folder / CONFIG).write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+
+
+def save_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a LoRA adapter, as peft does, for the model that it was trained on."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = checkpoint.source.repo or str(checkpoint.folder.resolve())
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what a loader needs beside the weights."""
+    for name, path in companions(checkpoint.folder).items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -1,0 +1,102 @@
+"""What a training did: surgery-train.json, surgery-train.yaml (for --config) and the model card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from surgery import diff
+from surgery.checkpoint.source import Checkpoint
+from surgery.report import dumps, provenance, versions
+from surgery.train.settings import Settings
+
+REPORT, SETTINGS = "surgery-train.json", "surgery-train.yaml"
+LIBRARIES = ("transformers", "trl", "accelerate", "datasets", "peft")
+
+
+def document(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    rounds: list[dict[str, Any]],
+    losses: list[list[float]],
+    result: Path,
+    command: Sequence[str],
+) -> dict[str, Any]:
+    """The report, with the distance from the start model measured on what was written.
+
+    Args:
+        losses: [round][task] of held-out answers after each round; empty where there is one round.
+        result: the folder that becomes the output.
+    """
+    both = diff.prepare(str(checkpoint.folder), str(result))
+    totals = diff.measure(both, diff.comparable(both))["totals"]
+    return {
+        "command": list(command),
+        "model": provenance(checkpoint),
+        "settings": settings.as_json(),
+        "versions": versions() | {name: version(name) for name in LIBRARIES},
+        "rounds": rounds,
+        "continual": continual(losses) if losses else None,
+        "distance": totals["distance"],
+        "touched": None if totals["unchanged_share"] is None else 1 - totals["unchanged_share"],
+    }
+
+
+def continual(losses: list[list[float]]) -> dict[str, Any]:
+    """OP_t = (1/t) Σ_{i≤t} S_{t,i} and BWT_t = (1/t) Σ_{i<t} (S_{t,i} − S_{i,i}) after each round t (HFT A.2.2).
+
+    The score S_{t,i} is minus the loss of task i's held-out answers after round t: higher is better, and a BWT below 0 is
+    forgetting.
+    """
+    scores = [[-loss for loss in row] for row in losses]
+    count = len(scores)
+    return {
+        "scores": scores,
+        "op": [sum(scores[t][: t + 1]) / (t + 1) for t in range(count)],
+        "bwt": [sum(scores[t][i] - scores[i][i] for i in range(t)) / (t + 1) for t in range(count)],
+    }
+
+
+def write(found: dict[str, Any], settings: Settings, result: Path) -> None:
+    """Put report, settings and model card beside the weights."""
+    import yaml
+
+    (result / REPORT).write_bytes(dumps(found))
+    (result / SETTINGS).write_text(
+        yaml.safe_dump(settings.as_json(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    (result / "README.md").write_text(_card(found, settings), encoding="utf-8", errors="backslashreplace")
+
+
+def _card(found: dict[str, Any], settings: Settings) -> str:
+    """A model card with its base model, what was done, and the command that did it."""
+    model = found["model"]
+    base = json.dumps(model["repo"] or Path(model["folder"]).name)
+    relation = "adapter" if settings.keep_adapter else "finetune"
+    header = ["---", f"base_model: {base}", f"base_model_relation: {relation}"]
+    header += ["library_name: transformers", "tags:", "- surgery", f"- {settings.optim}", "---", ""]
+    steps = [step for round in found["rounds"] for step in round["steps"]]
+    body = [
+        f"# {settings.out.name}",
+        "",
+        f"`{model['repo'] or model['typed']}`, fine-tuned with surgery {found['versions']['surgery']} (`pip install "
+        f"model-surgery`): {settings.task}, optimizer {settings.optim}, {len(steps):,} steps of {settings.batch} sequences.",
+        "",
+        f"- loss: {steps[0]['loss']:.4g} in the first step, {steps[-1]['loss']:.4g} in the last",
+    ]
+    if found["distance"] is not None:
+        body.append(f"- distance from the start (mean of ‖θ − θ0‖ / ‖θ0‖ over tensors): {found['distance']:.4g}")
+    body += [
+        "",
+        "```",
+        shlex.join(found["command"]),
+        "```",
+        "",
+        f"Settings are in `{SETTINGS}`, every step in `{REPORT}`.",
+        "",
+    ]
+    return "\n".join(header + body)

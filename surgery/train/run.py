@@ -1,0 +1,366 @@
+"""A training from the first check to the result: settings in, a checkpoint and its report out (`surgery train`)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint.draft import check_output
+from surgery.errors import OptionError, SurgeryError
+from surgery.train.data import Data, Row, hold_out, read, replayed
+from surgery.train.records import local
+from surgery.train.settings import Settings
+from surgery.train.work import STATE, Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from surgery.checkpoint.source import Checkpoint
+    from surgery.train.trainer import Dpo, Sft
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Whom a run tells what it does.
+
+    Attributes:
+        say: a sentence.
+        step: round (from 1) of how many, step of how many, and the step's loss, learning_rate and num_tokens.
+    """
+
+    say: Callable[[str], None] = lambda _: None
+    step: Callable[[int, int, int, int, dict[str, float]], None] = lambda *_: None
+
+
+@dataclass
+class Round:
+    """The data of one round, and what became of it."""
+
+    data: Data
+    rows: list[Row]
+    held_out: list[Row]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    settings: Settings,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    command: Sequence[str] = (),
+    observer: Observer = Observer(),
+) -> dict[str, Any]:
+    """Train a model and write it.
+
+    Args:
+        force: replace a checkpoint at the output.
+        resume: continue a run that broke off, from the last state that it saved; from the start where it saved none.
+        command: what the user typed, for the report.
+
+    Returns:
+        What `surgery-train.json` holds.
+
+    Raises:
+        SurgeryError: anything that the user can mend.
+    """
+    _check_libraries(settings)
+    import torch
+
+    from surgery.train.model import load_tokenizer, open_model
+
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if processes == 1 and torch.cuda.device_count() > 1:
+        raise OptionError(
+            "This machine has several GPUs, and one process uses one: start with `torchrun --nproc-per-node N -m surgery train "
+            "…`, or choose one with CUDA_VISIBLE_DEVICES."
+        )
+    settings.parts(processes)
+    files = [path for name in (*settings.data, settings.replay) if name and (path := local(name))]
+    checkpoint = open_model(settings.model)
+    out = settings.out
+    if rank == 0:
+        out = check_output(settings.out, [checkpoint.folder, *files], force=force)
+    else:
+        out = Path(os.path.realpath(settings.out.expanduser()))
+    rounds = [_round(settings, name, observer) for name in settings.data]
+    old = read(settings.replay).rows if settings.replay else []
+    tokenizer = load_tokenizer(checkpoint.folder, chat=any(round.data.chat for round in rounds))
+    with Work(out, settings.as_json(), resume=resume, replace=force, leader=rank == 0) as work, _quiet():
+        try:
+            run = _Run(settings, checkpoint, tokenizer, rounds, old, work, processes, observer)
+            report = run.all(command)
+        except BaseException as error:
+            last = work.last()
+            kept = f" The last good state is kept: {last}" if last else ""
+            if isinstance(error, KeyboardInterrupt) and last:
+                observer.say(f"{kept.strip()}\nContinue with --resume.")
+            if _template_error(error):
+                raise OptionError(
+                    f"The chat template cannot render the data ({error}). Correct the messages."
+                ) from error
+            if _out_of_memory(error):
+                raise SurgeryError(
+                    f"Out of memory. Raise --accumulation, lower --seq-len, or add --gradient-checkpointing.{kept}"
+                ) from error
+            if isinstance(error, SurgeryError) and last:
+                raise type(error)(f"{error}{kept}") from error
+            raise
+        if rank == 0:
+            work.finish()
+    return report
+
+
+class _Run:
+    """The rounds of a run, on one model."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        tokenizer: Any,
+        rounds: list[Round],
+        old: list[Row],
+        work: Work,
+        processes: int,
+        observer: Observer,
+    ) -> None:
+        self.settings, self.checkpoint, self.tokenizer, self.rounds = settings, checkpoint, tokenizer, rounds
+        self.old, self.work, self.processes, self.observer = old, work, processes, observer
+        self.losses: list[list[float]] = []  # [round][task], of held-out rows
+
+    def all(self, command: Sequence[str]) -> dict[str, Any]:
+        from surgery.calibrate.text import max_positions
+        from surgery.train import report
+        from surgery.train.anchor import Anchor
+        from surgery.train.model import load_model
+
+        begun = time.perf_counter()
+        model = load_model(self.checkpoint, self.settings.dtype)
+        most = max_positions(model.config)
+        if most is not None and most < self.settings.seq_len:
+            self.settings = replace(self.settings, seq_len=most)
+        pull = (self.settings.l1, self.settings.l2, self.settings.mixout)
+        anchor = Anchor(model, *pull) if any(pull) else None
+        reference = None
+        if self.settings.task == "dpo" and self.settings.lora is None:
+            reference = load_model(self.checkpoint, self.settings.dtype)
+        for number, round in enumerate(self.rounds, 1):
+            model = self._one(number, round, model, anchor, reference)
+        for path in sorted(self.work.folder.glob("round-*/runs")):  # what TensorBoard shows
+            path.rename(
+                self.work.result / "runs" if len(self.rounds) == 1 else self.work.result / f"runs-{path.parent.name}"
+            )
+        if not self.work.leader:
+            return {}
+        document = report.document(
+            self.settings,
+            self.checkpoint,
+            [round.report for round in self.rounds],
+            self.losses,
+            self.work.result,
+            command,
+        )
+        document["seconds"] = time.perf_counter() - begun
+        report.write(document, self.settings, self.work.result)
+        return document
+
+    def _one(
+        self,
+        number: int,
+        round: Round,
+        model: PreTrainedModel,
+        anchor: Any,
+        reference: PreTrainedModel | None,
+    ) -> PreTrainedModel:
+        from surgery.train.trainer import build
+
+        settings, begun = self.settings, time.perf_counter()
+        seed = settings.seed + number - 1
+        rows = _mixed(round.rows, self.old, settings, seed)
+        frozen = self._freeze(model, seed)
+        trainer = build(
+            settings,
+            model,
+            self.tokenizer,
+            rows,
+            round.held_out,
+            reference=reference,
+            anchor=anchor,
+            folder=self.work.round(number),
+            processes=self.processes,
+            seed=seed,
+            advance=lambda *step: self.observer.step(number, len(self.rounds), *step),
+        )
+        cut, dropped = trainer.cut["train"]
+        if cut or dropped:
+            self.observer.say(
+                f"Warning: {round.data.name}: {cut + dropped:,} of {len(rows):,} rows are longer than {settings.seq_len:,} tokens"
+                f": {cut:,} cut, {dropped:,} left out since nothing to learn was left."
+            )
+        trainer.args.distributed_state.wait_for_everyone()  # until the first process has made the folder
+        self._learn(number, trainer)
+        round.report |= {
+            "data": round.data.name,
+            "format": round.data.kind,
+            "fields": list(round.data.fields),
+            "records": round.data.records,
+            "rows": len(rows),
+            "held_out": len(round.held_out),
+            "cut": cut,
+            "dropped": dropped,
+            "seed": seed,
+            "frozen": frozen,
+            "steps": [
+                {key: entry[key] for key in ("step", "loss", "learning_rate", "grad_norm") if key in entry}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
+            "evaluations": [
+                {"step": entry["step"], "loss": entry["eval_loss"]}
+                for entry in trainer.state.log_history
+                if "eval_loss" in entry
+            ],
+        }
+        if len(self.rounds) > 1:
+            self.losses.append([_score(trainer, other.held_out) for other in self.rounds])
+        round.report["seconds"] = time.perf_counter() - begun
+        return self._keep(number, trainer)
+
+    def _learn(self, number: int, trainer: Sft | Dpo) -> None:
+        """Train for a round, from where a run that broke off had come to."""
+        from transformers import TrainerState
+
+        saved = self.work.saved(number) if self.work.resume else None
+        if saved is None:
+            trainer.train()
+            return
+        state = TrainerState.load_from_json(str(saved / STATE))
+        self.observer.say(f"Continuing from step {state.global_step}.")
+        if state.global_step < state.max_steps:
+            trainer.train(resume_from_checkpoint=str(saved))
+        else:  # the trainer would take one step more
+            trainer._load_from_checkpoint(str(saved))
+            trainer.state = state
+
+    def _freeze(self, model: PreTrainedModel, seed: int) -> dict[str, Any] | None:
+        ratio = self.settings.frozen
+        if ratio is None:
+            return None
+        from surgery.optim import half_freeze
+
+        choice = half_freeze(model, ratio=ratio, level=self.settings.level, seed=seed)
+        named = {"ratio": ratio, "level": choice.level, "seed": seed, "share": choice.share}
+        return {**named, "tensors": list(choice.names)}
+
+    def _keep(self, number: int, trainer: Sft | Dpo) -> PreTrainedModel:
+        """Write what a round made; returns the model for the next."""
+        import gc
+
+        from surgery.train.model import save_adapter, save_model
+
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        last = number == len(self.rounds)
+        if self.settings.keep_adapter:
+            if self.work.leader:
+                save_adapter(model, self.checkpoint, self.work.result)
+            return model  # type: ignore[no-any-return]
+        if self.settings.lora is not None:
+            model = model.merge_and_unload()
+        folder = self.work.result if last else self.work.result / f"round-{number}"
+        if self.work.leader:
+            save_model(model, self.checkpoint, folder, self.settings.save_dtype)
+        gc.collect()  # the trainer's circles of references hold optimizer state
+        return model  # type: ignore[no-any-return]
+
+
+def _round(settings: Settings, name: str, observer: Observer) -> Round:
+    data = read(name, task=settings.task, prompt=settings.prompt_field, completion=settings.completion_field)
+    observer.say(data.sentence())
+    rows, held_out = hold_out(data.rows, settings.held_out, settings.seed)
+    return Round(data, rows, held_out)
+
+
+def _mixed(rows: list[Row], old: list[Row], settings: Settings, seed: int) -> list[Row]:
+    """The rows of a round, with those that are replayed."""
+    if not old:
+        return rows
+    if old[0].keys() != rows[0].keys():
+        rows, old = _with_prompt(rows), _with_prompt(old)
+    if isinstance(old[0].get("prompt"), list) != isinstance(rows[0].get("prompt"), list):
+        raise OptionError("--replay holds chat messages and --data does not, or the other way round. Convert one.")
+    return replayed(rows, old, settings.replay_ratio, seed)
+
+
+def _with_prompt(rows: list[Row]) -> list[Row]:
+    """Plain text as a completion, so that it can stand beside prompts."""
+    return [{"prompt": "", "completion": row["text"]} if "text" in row else row for row in rows]
+
+
+def _score(trainer: Sft | Dpo, rows: list[Row]) -> float:
+    """The loss of a task's held-out answers."""
+    from datasets import Dataset
+
+    return float(trainer.evaluate(Dataset.from_list(rows))["eval_loss"])
+
+
+def _check_libraries(settings: Settings) -> None:
+    wanted = ["transformers", "trl", "accelerate", "datasets", *(["peft"] if settings.lora else [])]
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(f"surgery train needs {', '.join(missing)}: pip install 'model-surgery[train]'.")
+    if settings.log != "none" and importlib.util.find_spec(settings.log) is None:
+        raise OptionError(f"--log {settings.log} needs it installed: pip install {settings.log}.")
+
+
+def _template_error(error: BaseException) -> bool:
+    from jinja2 import TemplateError
+
+    return isinstance(error, TemplateError)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' own lines and bars off the terminal, and their telemetry off the network."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    names = ("trl", "accelerate", "datasets", "peft", "torch", "huggingface_hub")
+    levels = {name: logging.getLogger(name).level for name in names}
+    own: Any = transformers.utils.logging  # untyped
+    verbosity, bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    other_bars = datasets.are_progress_bars_disabled()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    own.set_verbosity_error()
+    own.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        own.set_verbosity(verbosity)
+        if bars:
+            own.enable_progress_bar()
+        if not other_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,248 @@
+"""Every number that a person sets for a training run, with the papers' values, and the YAML file that can hold them.
+
+MoFO E.1–E.2: 2 epochs of batches of 128 sequences of at most 1,024 tokens, learning rate 2e-5 (LoRA: 1e-4) with 3% warm-up and
+cosine decay, α = 15%. HFT A.2.1: half of the tensors frozen; DPO with learning rate 5e-7 and batches of 32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import OptionError
+from surgery.methods.half_reset import LEVELS
+from surgery.methods.scope import finite, one_of, share
+
+TASKS = ("sft", "dpo")
+OPTIMIZERS = ("adamw", "mofo", "hft", "lion", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+FILTERS = ("momentum", "gradient", "mv", "random")
+DTYPES = ("float32", "bfloat16")
+LOGS = ("none", "tensorboard", "wandb")
+# Sequences that go through the model together where --accumulation is not given.
+TOGETHER = 8
+# Of a round of continual training, where --eval-split is not given.
+HELD_OUT = 0.05
+# What may differ between a run and the one that resumes it.
+NEUTRAL = ("log", "save_every")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run. A value of None stands for a default that depends on the others: see the properties.
+
+    Attributes:
+        model, data, out: where from and where to; several files are rounds, one after the other.
+        batch_size: sequences in a step, over all processes and accumulation.
+        accumulation: parts that a step's batch goes through the model in, on each process.
+        warmup: steps, or below 1 the share of all steps.
+        dtype: what the weights are held in while they are trained.
+        save_dtype: what they are written in; None for what each tensor of the model is stored in.
+        hft: the share of tensors that is frozen; None trains all, but for optim "hft".
+        lora: the rank; None trains the weights themselves.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    out: Path
+    task: str = "sft"
+    optim: str = "adamw"
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    completion_only: bool = True
+    packing: bool = False
+    epochs: float = 2.0
+    max_steps: int | None = None
+    lr: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    batch_size: int | None = None
+    accumulation: int | None = None
+    seq_len: int = 1024
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dtype: str = "float32"
+    save_dtype: str | None = None
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_split: float | None = None
+    save_every: int | None = None
+    log: str = "none"
+    alpha: float = 0.15
+    filter: str = "momentum"
+    hft: float | None = None
+    level: str = "category"
+    l1: float = 0.0
+    l2: float = 0.0
+    mixout: float = 0.0
+    lora: int | None = None
+    keep_adapter: bool = False
+    replay: str | None = None
+    replay_ratio: float = 0.1
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        choices = {"task": TASKS, "optim": OPTIMIZERS, "schedule": SCHEDULES, "filter": FILTERS, "log": LOGS}
+        for name, allowed in {**choices, "dtype": DTYPES, "level": LEVELS}.items():
+            one_of(name, getattr(self, name), allowed)
+        if self.save_dtype is not None:
+            one_of("save-dtype", self.save_dtype, DTYPES)
+        for name in ("hft", "replay_ratio", "mixout", "eval_split"):
+            share(_option(name), getattr(self, name) or 0.0)
+        for name in ("epochs", "alpha", "beta", "rate"):
+            finite(_option(name), getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise OptionError(f"--{_option(name)} must be greater than 0, not {getattr(self, name)}.")
+        share("alpha", self.alpha)
+        for name in ("warmup", "weight_decay", "clip", "l1", "l2"):
+            finite(_option(name), getattr(self, name))
+            if getattr(self, name) < 0:
+                raise OptionError(f"--{_option(name)} must be 0 or greater, not {getattr(self, name)}.")
+        for name in ("batch", "max_steps", "accumulation", "save_every", "lora", "seq_len"):
+            value, least = getattr(self, name), 2 if name == "seq_len" else 1
+            if value is not None and value < least:
+                raise OptionError(f"--{_option(name)} must be at least {least}, not {value}.")
+        if not 0 <= self.seed < 1 << 32:
+            raise OptionError(f"--seed must be from 0 to {(1 << 32) - 1}, not {self.seed}.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if not self.data:
+            raise OptionError("--data is missing. Give a .jsonl, .json or .parquet file, or a data set on the hub.")
+        if self.prompt_field is not None and self.completion_field is None:
+            raise OptionError("--prompt-field needs --completion-field beside it.")
+        if self.mixout == 1 or self.replay_ratio == 1 or self.eval_split == 1:
+            raise OptionError("--mixout, --replay-ratio and --eval-split must be below 1.")
+        if self.lora is None and self.keep_adapter:
+            raise OptionError("--keep-adapter needs --lora RANK.")
+        if self.lora is not None and (self.frozen is not None or self.l1 or self.l2 or self.mixout):
+            raise OptionError(
+                "--lora trains no weight of the model itself, so --hft, --optim hft, --l1, --l2 and --mixout do not go with it."
+            )
+        if self.keep_adapter and self.multi:
+            raise OptionError("--keep-adapter goes with one --data: each round would need the adapters before it.")
+        if self.task == "dpo":
+            if self.packing or self.replay is not None or self.multi or not self.completion_only:
+                raise OptionError(
+                    "--task dpo takes one --data, and neither --packing, --replay nor --no-completion-only."
+                )
+            if self.prompt_field is not None or self.completion_field is not None:
+                raise OptionError("--task dpo reads the fields prompt, chosen and rejected. Rename them in the data.")
+
+    @property
+    def multi(self) -> bool:
+        """Whether there is more than one round."""
+        return len(self.data) > 1
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        if self.lr is not None:
+            return self.lr
+        return 5e-7 if self.task == "dpo" else 1e-4 if self.lora else 2e-5
+
+    @property
+    def batch(self) -> int:
+        """Sequences in a step."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return 32 if self.task == "dpo" else 128
+
+    @property
+    def frozen(self) -> float | None:
+        """The share of tensors that is frozen, None where all are trained."""
+        return 0.5 if self.hft is None and self.optim == "hft" else self.hft
+
+    @property
+    def held_out(self) -> float:
+        """The share of each file's rows that is not trained on."""
+        if self.eval_split is not None:
+            return self.eval_split
+        return HELD_OUT if self.multi else 0.0
+
+    def parts(self, processes: int) -> tuple[int, int]:
+        """How a step's batch is cut: (sequences at once on each process, accumulation).
+
+        Raises:
+            OptionError: it cannot be cut so.
+        """
+        share, rest = divmod(self.batch, processes)
+        if rest:
+            raise OptionError(
+                f"--batch-size {self.batch} cannot be shared by {processes} processes. Choose a multiple."
+            )
+        parts = self.accumulation
+        if parts is None:
+            parts = next(count for count in range(1, share + 1) if share % count == 0 and share // count <= TOGETHER)
+        if share % parts:
+            raise OptionError(
+                f"--accumulation {parts} does not divide the {share} sequences of a step. Choose a divisor."
+            )
+        return share // parts, parts
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values under the options' names, defaults filled in."""
+        values = dataclasses.asdict(self) | {"data": list(self.data), "out": str(self.out)}
+        values |= {"lr": self.rate, "batch_size": self.batch, "hft": self.frozen, "eval_split": self.held_out}
+        return {_option(name): value for name, value in values.items()}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file: field of `Settings` -> value.
+
+    Raises:
+        OptionError: it cannot be read, or holds an unknown key or a value of another type.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise OptionError(f"{path}: reading YAML needs pyyaml: pip install 'model-surgery[train]'.") from None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read ({error.strerror or error}). Check --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise OptionError(f"{path}: is not YAML ({line}). Correct it.") from None
+    if not isinstance(found, Mapping):
+        raise OptionError(f"{path}: should hold options, one a line, such as `lr: 2e-5`.")
+    types = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
+    values = dict[str, Any]()
+    for key, value in found.items():
+        name = str(key).replace("-", "_")
+        if name not in types:
+            raise OptionError(f"{path}: {key} is no option of surgery train. See `surgery train --help`.")
+        values[name] = _typed(path, str(key), value, types[name])
+    return values
+
+
+def _typed(path: Path, key: str, value: Any, kind: str) -> Any:
+    optional = kind.endswith(" | None")
+    kind = kind.removesuffix(" | None")
+    if value is None and optional:
+        return None
+    try:
+        if kind == "tuple[str, ...]":
+            return tuple(_typed(path, key, one, "str") for one in (value if isinstance(value, list) else [value]))
+        if kind in ("str", "Path") and isinstance(value, str):
+            return Path(value) if kind == "Path" else value
+        if kind == "bool" and isinstance(value, bool):
+            return value
+        if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        # YAML takes 2e-5 for a string: its numbers need a dot.
+        if kind == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)
+    except ValueError:
+        pass
+    raise OptionError(f"{path}: {key} takes {_WORDS.get(kind, kind)}, not {value!r}.")
+
+
+_WORDS = {"str": "text", "Path": "a path", "bool": "true or false", "int": "a whole number", "float": "a number"}
+
+
+def _option(name: str) -> str:
+    return {"rate": "lr", "batch": "batch-size"}.get(name, name.replace("_", "-"))

@@ -1,0 +1,221 @@
+"""TRL's trainers with what a run here adds: no network, counts of what was cut, the pull towards θ0, a watch over the loss.
+
+The training loop, the loss, the tokenising and the masking of prompts are TRL's and transformers' own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from surgery.errors import OptionError
+from surgery.train.anchor import Anchor
+from surgery.train.data import Row
+from surgery.train.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+# A logged step: its number, of how many, and what the trainer says of it.
+Advance = Callable[[int, int, dict[str, float]], None]
+
+
+class _Glue:
+    """What both trainers need beside TRL's.
+
+    Attributes:
+        cut: of each data set, rows longer than the limit: (truncated, dropped since nothing to learn was left).
+    """
+
+    def __init__(self, *args: Any, anchor: Anchor | None, **kwargs: Any) -> None:
+        self.anchor, self.cut = anchor, dict[str, tuple[int, int]]()
+        super().__init__(*args, **kwargs)
+
+    def _send_telemetry(self) -> None:
+        """TRL would tell its authors of the run."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The result gets a card of its own."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.anchor is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc, no-any-return]
+        inner: Any = self
+        with self.anchor.mixed(inner.model):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if inner.accelerator.sync_gradients:  # the last part of a step
+            self.anchor.pull(inner.model)
+        return loss
+
+
+class Sft(_Glue, SFTTrainer):  # type: ignore[misc]
+    """Supervised fine-tuning."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
+        whole = super()._prepare_dataset(dataset, processing_class, _unlimited(args), False, *rest)
+        long = sum(len(tokens) > args.max_length for tokens in whole["input_ids"])
+        done = super()._prepare_dataset(whole, processing_class, args, packing, *rest)
+        dropped = 0 if packing else len(whole) - len(done)
+        self.cut[rest[-1]] = (long - dropped, dropped)
+        _check_left(done, args)
+        return done
+
+
+class Dpo(_Glue, DPOTrainer):  # type: ignore[misc]
+    """Direct preference optimisation."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        whole = super()._prepare_dataset(dataset, processing_class, _unlimited(args), name)
+        limit = args.max_length
+        done = whole.filter(lambda row: len(row["prompt_ids"]) < limit)
+        long = sum(
+            len(prompt) + max(len(chosen), len(rejected)) > limit
+            for prompt, chosen, rejected in zip(
+                done["prompt_ids"], done["chosen_ids"], done["rejected_ids"], strict=True
+            )
+        )
+        self.cut[name] = (long, len(whole) - len(done))
+        _check_left(done, args)
+        return done
+
+
+class Watch(TrainerCallback):
+    """Stops a training whose loss or gradient is no number, before the trainer saves that state."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        for name, value in (("loss", logs["loss"]), ("norm of the gradient", logs.get("grad_norm", 0.0))):
+            if not math.isfinite(value):
+                raise OptionError(
+                    f"Step {state.global_step}: the {name} is {value}, so training was stopped. Lower --lr, or look for broken "
+                    "rows in the data."
+                )
+        self.advance(state.global_step, state.max_steps, logs)
+
+
+def build(
+    settings: Settings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    held_out: list[Row],
+    *,
+    reference: PreTrainedModel | None,
+    anchor: Anchor | None,
+    folder: Path,
+    processes: int,
+    seed: int,
+    advance: Advance,
+) -> Sft | Dpo:
+    """A trainer for one round.
+
+    Args:
+        reference: the start model again, for DPO on all weights.
+        anchor: for the penalties and mixout, at the start model.
+        folder: what the trainer saves on its way.
+        seed: of the order of the rows.
+
+    Raises:
+        OptionError: no row is short enough to learn from.
+    """
+    from datasets import Dataset
+
+    at_once, parts = settings.parts(processes)
+    accelerated = torch.cuda.is_available()
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": at_once,
+        "per_device_eval_batch_size": at_once,
+        "gradient_accumulation_steps": parts,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "learning_rate": settings.rate,
+        "lr_scheduler_type": SCHEDULERS[settings.schedule],
+        "warmup_steps": settings.warmup if settings.warmup < 1 else int(settings.warmup),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.clip,
+        "max_length": settings.seq_len,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": settings.save_every or 1,
+        "save_total_limit": 1,
+        "eval_strategy": "epoch" if held_out else "no",
+        "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
+        "bf16": accelerated and torch.cuda.is_bf16_supported() and settings.dtype == "float32",
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "seed": seed,
+        "data_seed": seed,
+        "report_to": [] if settings.log == "none" else [settings.log],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": accelerated,
+        "ddp_find_unused_parameters": False,
+    }
+    common: dict[str, Any] = {
+        "model": model,
+        "train_dataset": Dataset.from_list(rows),
+        "eval_dataset": Dataset.from_list(held_out) if held_out else None,
+        "processing_class": tokenizer,
+        "callbacks": [Watch(advance)],
+        "peft_config": _lora(settings),
+        "anchor": anchor,
+    }
+    trainer: Sft | Dpo
+    if settings.task == "dpo":
+        trainer = Dpo(args=DPOConfig(**options, beta=settings.beta), ref_model=reference, **common)
+    else:
+        only = None if settings.completion_only else False
+        config = SFTConfig(**options, packing=settings.packing, eval_packing=False, completion_only_loss=only)
+        trainer = Sft(args=config, **common)
+    trainer.optimizer_cls_and_kwargs = optimizer(settings)  # which DPOTrainer does not take as an argument
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def optimizer(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer's class and what it is made with; the trainer adds the parameters and their weight decay."""
+    if settings.optim == "mofo":
+        from surgery.optim import MoFO
+
+        return MoFO, {"lr": settings.rate, "alpha": settings.alpha, "filter": settings.filter, "seed": settings.seed}
+    if settings.optim == "lion":
+        from surgery.train.lion import Lion
+
+        return Lion, {"lr": settings.rate}
+    if settings.optim == "sgd":
+        return torch.optim.SGD, {"lr": settings.rate}
+    return torch.optim.AdamW, {"lr": settings.rate, "fused": True}
+
+
+def _lora(settings: Settings) -> Any:
+    """LoRA on every linear layer of the blocks, scaled by α / r = 2."""
+    if settings.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _unlimited(args: Any) -> Any:
+    args = copy.copy(args)
+    args.max_length = None
+    return args
+
+
+def _check_left(dataset: Any, args: Any) -> None:
+    if not len(dataset):
+        raise OptionError(
+            f"No row is left to learn from: every prompt alone fills --seq-len {args.max_length}. Raise it."
+        )
