@@ -52,6 +52,7 @@ NAMES = {
     "mergekit ties": "mergekit TIES",
     "mergekit linear": "mergekit linear",
 }
+LABELS = {**NAMES, "fapm of a .bin": "`surgery fapm`, pre a .bin"}
 READERS = ("cat", "diff", "verify")  # compared with cat, the others with cp
 
 TIES = """\
@@ -257,7 +258,7 @@ def _table(runs: dict[str, list[Run]]) -> Iterator[str]:
         cpu = statistics.median(run.user_seconds + run.system_seconds for run in of)
         kernel = statistics.median(run.system_seconds for run in of)
         cells = [
-            NAMES.get(name, f"`surgery {name}`"),
+            LABELS.get(name, f"`surgery {name}`"),
             f"{medians[name]:.2f}",
             f"{min(seconds):.2f}–{max(seconds):.2f}",
             f"{medians[name] / medians[plain]:.2f} × {plain}" if plain in medians else "–",
