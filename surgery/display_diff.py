@@ -11,7 +11,7 @@ from rich.console import Console
 from surgery.display import count, label, new_console, new_table, percent, print_notes, readable
 from surgery.quantiles import QUANTILES
 
-BAR = 10
+BAR = 8
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 # For terminals without these characters.
 PLAIN = str.maketrans(
@@ -35,8 +35,8 @@ def show_diff(document: dict[str, Any], written: Sequence[str], *, as_json: bool
     stacks = dict.fromkeys(group["stack"] for group in document["layers"])
     for stack in stacks:
         layers = {str(group["layer"]): group for group in document["layers"] if group["stack"] == stack}
-        title = ["Layer", "Unchanged", "‖Δ‖/‖W‖", "", "|Δ| 50%", "99%", "|Δ|/|W| 50%", "99%"]
-        title += ["Left"] if edited else []
+        title = ["Layer", "Unchanged", "‖Δ‖/‖W‖", ""]
+        title += ["|Δ| 99%", "|Δ|/|W| 99%", "Left"] if edited else ["|Δ| 50%", "99%", "|Δ|/|W| 50%", "99%"]
         if len(stacks) > 1:
             console.print(readable(stack), soft_wrap=True)
         _print(console, title, [_layer(name, group, layers, edited) for name, group in layers.items()], total=False)
@@ -104,7 +104,8 @@ def _layer(name: str, group: dict[str, Any], layers: dict[str, dict[str, Any]], 
         percent(group["unchanged_share"]),
         _relative(group["relative_norm"]),
         _bar(group, layers),
-        *(_number(group[what][share]) for what in ("delta", "ratio") for share in ("q50", "q99")),
+        # Of an edited checkpoint most entries did not move.
+        *(_number(group[what][share]) for what in ("delta", "ratio") for share in ("q50", "q99")[edited:]),
         *([percent(group["remaining"])] if edited else []),
     ]
 

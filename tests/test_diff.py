@@ -250,6 +250,7 @@ def test_what_remains_after_surgery(tmp_path: Path, words: list[str]) -> None:
     assert document["totals"]["remaining"] < 0.95
     shown = call("diff", "--pre", "pre", "--ft", "out", cwd=tmp_path)[1]
     assert "Left" in shown
+    assert "…" not in shown
     assert f"{100 * document['totals']['remaining']:.2f}%" in shown
 
 
