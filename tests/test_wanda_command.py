@@ -126,6 +126,8 @@ def test_a_mixture_with_an_expert_that_saw_no_token(tmp_path: Path) -> None:
     ]
     assert unseen
     pre, ft, out = (read_checkpoint(tmp_path / name) for name in ("pre", "ft", "out"))
+    notes = json.loads((tmp_path / "out/surgery-report.json").read_text())["notes"]
+    assert any(f"experts that saw no token, {len(unseen)} in all" in note for note in notes)
     for name in unseen:
         assert same_bits(out[name], literal(pre[name], ft[name], torch.ones(ft[name].shape[1])))
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from surgery.calibrate.norms import Norm
 from surgery.checkpoint.header import read_header
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, OptionError
+from surgery.methods.wanda import Norm
 from surgery.outfile import OutFile
 
 FORMAT = "surgery-input-norms"

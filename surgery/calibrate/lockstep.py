@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.calibrate.model import call_arguments, fill_tables, main_dtype, reason, skeleton
-from surgery.calibrate.norms import Norm, Recorder
+from surgery.calibrate.norms import Recorder
 from surgery.calibrate.weights import Weights
 from surgery.checkpoint.source import Checkpoint
 from surgery.errors import CheckpointError, OptionError, SurgeryError
+from surgery.methods.wanda import Norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

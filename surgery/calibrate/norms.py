@@ -18,24 +18,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from surgery.errors import CheckpointError
+from surgery.methods.wanda import Norm
 
 # Rows of an input that are squared at a time.
 ROWS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """The norms of the inputs of one weight.
-
-    Attributes:
-        values: float32 [k], or [E, k] for E stacked experts; 0 for an expert that saw no token.
-        transposed: whether k runs over the last dimension but one of the stored tensor, not over the last.
-        tokens: how many token vectors were seen; int64 [E] for stacked experts.
-    """
-
-    values: np.ndarray[Any, np.dtype[np.float32]]
-    transposed: bool
-    tokens: int | np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Room:

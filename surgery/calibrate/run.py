@@ -13,12 +13,12 @@ import numpy as np
 
 from surgery.actions import PruneRows
 from surgery.calibrate import cache
-from surgery.calibrate.norms import Norm
 from surgery.checkpoint.fingerprint import weights_fingerprint
+from surgery.checkpoint.pair import some
 from surgery.checkpoint.source import BORROWING
 from surgery.errors import OptionError
 from surgery.job import Job, replan
-from surgery.methods.wanda import InputNorms, Wanda
+from surgery.methods.wanda import Norm, Wanda
 from surgery.outfile import OutFile
 
 
@@ -80,7 +80,7 @@ def calibrated(job: Job, calibration: Calibration, *, device: str, advance: Call
 
 def _input_norms(
     job: Job, calibration: Calibration, device: str, advance: Callable[[int, int], None]
-) -> tuple[dict[str, InputNorms], dict[str, Any]]:
+) -> tuple[dict[str, Norm], dict[str, Any]]:
     """The norms of ft's input features by tensor, and what they were measured on."""
     from surgery.calibrate import lockstep, text
 
@@ -118,21 +118,20 @@ def _input_norms(
     if calibration.save:
         cache.save(calibration.save, norms, about)
     digest = hashlib.sha256(b"".join(norms[name].values.tobytes() for name in sorted(norms))).hexdigest()
-    return {name: _for_method(norm) for name, norm in norms.items()}, about | {"norms_sha256": digest}
+    return norms, about | {"norms_sha256": digest}
 
 
-def _magnitude_notes(job: Job, norms: dict[str, InputNorms]) -> list[str]:
-    """What is pruned without a norm, for the report."""
+def _magnitude_notes(job: Job, norms: dict[str, Norm]) -> list[str]:
+    """What is pruned by |Δ| alone, for the report."""
+    pruned = [step.ft.name for step in job.steps if isinstance(step.action, PruneRows)]
+    bare = [name for name in pruned if name not in norms]
+    unseen = [name for name in pruned if name in norms and not np.all(norms[name].tokens)]
     notes = []
-    for step in job.steps:
-        if not isinstance(step.action, PruneRows):
-            continue
-        found = norms.get(step.ft.name)
-        if found is None:
-            notes.append(f"{step.ft.name}: no input of a matrix product, scored by |Δ| alone.")
-        elif found.seen is not None and not found.seen.all():
-            lost = int(np.count_nonzero(~found.seen))
-            notes.append(f"{step.ft.name}: {lost} of {len(found.seen)} experts saw no token, scored by |Δ| alone.")
+    if bare:
+        notes.append(f"{some(bare, 'is', 'are')} no factor of a product with an input: scored by |Δ| alone.")
+    if unseen:
+        lost = sum(int(np.count_nonzero(np.equal(norms[name].tokens, 0))) for name in unseen)
+        notes.append(f"{some(unseen, 'has', 'have')} experts that saw no token, {lost:,} in all: scored by |Δ| alone.")
     return notes
 
 
@@ -145,10 +144,3 @@ def _device(asked: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-
-
-def _for_method(norm: Norm) -> InputNorms:
-    seen = norm.tokens > 0 if isinstance(norm.tokens, np.ndarray) else None
-    if seen is None and norm.tokens == 0:  # an expert that is stored by itself
-        return InputNorms(np.ones_like(norm.values), norm.transposed)
-    return InputNorms(norm.values, norm.transposed, seen)

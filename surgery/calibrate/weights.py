@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from surgery.calibrate.model import DTYPES, reason
-from surgery.calibrate.norms import Norm
 from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.source import Checkpoint
 from surgery.errors import CheckpointError
+from surgery.methods.wanda import Norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.readable import readable
 from surgery.checkpoint.tensor import BITS, Span, Tensor
 from surgery.errors import CheckpointError
 
@@ -37,24 +38,17 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, not readable, truncated, or its header contradicts itself or the file's size.
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(
-                    f"{path}: truncated or not a safetensors file: its header should be {length:,} bytes long, the file has "
-                    f"{size:,}. Download or save it again."
-                )
-            if length > MAX_HEADER:
-                raise CheckpointError(f"{path}: the header claims {length:,} bytes, more than safetensors allows.")
-            raw = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Download or save the checkpoint again.") from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    with readable(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path}: truncated or not a safetensors file: its header should be {length:,} bytes long, the file has "
+                f"{size:,}. Download or save it again."
+            )
+        if length > MAX_HEADER:
+            raise CheckpointError(f"{path}: the header claims {length:,} bytes, more than safetensors allows.")
+        raw = file.read(length)
     return _check(path, _parse(path, raw), data_start=8 + length, size=size)
 
 

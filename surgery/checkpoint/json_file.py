@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.readable import readable
 from surgery.errors import CheckpointError
 
 
@@ -15,14 +16,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or is none.
     """
+    with readable(path):
+        raw = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Download or save the checkpoint again.") from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+        value = json.loads(raw)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: is not valid JSON. Download or save it again.") from None
     if not isinstance(value, dict):

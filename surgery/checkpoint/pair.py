@@ -88,7 +88,7 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     items = [Item(tensor, base.get(name), place(name)) for name, tensor in ft.tensors.items()]
     unknown = [item.ft.name for item in items if item.place.category == "other" and not item.place.buffer]
     if unknown:
-        notes.append(f"{_some(unknown, 'has a name', 'have names')} that surgery does not know: kept as in ft.")
+        notes.append(f"{some(unknown, 'has a name', 'have names')} that surgery does not know: kept as in ft.")
     return Pair(pre, ft, items, notes)
 
 
@@ -127,7 +127,7 @@ def likes(first: Pair, other: Pair, names: Collection[str]) -> tuple[dict[str, T
         item.ft.name for item in other.items if item.pre or item.place.buffer
     }
     alone = _without(other.ft.tensors, held)
-    return taken, [f"{_some(alone, 'is', 'are')} in {other.ft.folder} alone: left out."] if alone else []
+    return taken, [f"{some(alone, 'is', 'are')} in {other.ft.folder} alone: left out."] if alone else []
 
 
 def _without(tensors: Mapping[str, Tensor], taken: Collection[str]) -> list[str]:
@@ -268,14 +268,14 @@ def _one_sided(pre_only: list[str], ft_only: list[str]) -> list[str]:
     notes = []
     copied = [name for name in ft_only if not place(name).buffer]
     if copied:
-        notes.append(f"{_some(copied, 'is', 'are')} in ft alone: copied.")
+        notes.append(f"{some(copied, 'is', 'are')} in ft alone: copied.")
     left_out = [name for name in pre_only if not place(name).buffer]
     if left_out:
-        notes.append(f"{_some(left_out, 'is', 'are')} in pre alone: left out, as in ft.")
+        notes.append(f"{some(left_out, 'is', 'are')} in pre alone: left out, as in ft.")
     return notes
 
 
-def _some(names: list[str], one: str, many: str) -> str:
+def some(names: list[str], one: str, many: str) -> str:
     """The first names of a list, for a sentence."""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} {one if len(names) == 1 else many}"

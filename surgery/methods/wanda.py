@@ -34,18 +34,23 @@ GROUPS = ("row", "tensor")
 
 
 @dataclass(frozen=True, slots=True)
-class InputNorms:
-    """‖X_k‖₂ of one weight's input features.
+class Norm:
+    """‖X_k‖₂ of the input features of one weight.
 
     Attributes:
-        values: float32 [k], or [E, k] for E experts stacked in one tensor.
-        transposed: the weight is stored [in, out].
-        seen: for each expert whether it saw a token, bool [E]; None for a single matrix.
+        values: float32 [k], or [E, k] for E stacked experts; 0 for an expert that saw no token.
+        transposed: whether k runs over the last dimension but one of the stored tensor, not over the last.
+        tokens: how many token vectors were seen; int64 [E] for stacked experts.
     """
 
     values: NDArray[np.float32]
     transposed: bool
-    seen: NDArray[np.bool_] | None = None
+    tokens: int | NDArray[np.int64]
+
+    def weights(self) -> NDArray[np.float32]:
+        """The values, and 1 where no token was seen: |Δ| alone."""
+        seen = np.asarray(self.tokens)[..., None] > 0
+        return np.where(seen, self.values, np.float32(1))
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Wanda:
     scope: Scope = field(default_factory=Scope)
     group: str = "row"
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    norms: Mapping[str, InputNorms] = field(default_factory=dict, repr=False, metadata={"parameter": False})
+    norms: Mapping[str, Norm] = field(default_factory=dict, repr=False, metadata={"parameter": False})
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)
@@ -92,5 +97,4 @@ class Wanda:
                 f"The norms of {item.ft.name} are {list(found.values.shape)}, which does not fit its shape {list(shape)}. "
                 "Calibrate again."
             )
-        weights = found.values if found.seen is None else np.where(found.seen[:, None], found.values, np.float32(1))
-        return PruneRows(weights, self.sparsity, found.transposed, self.group == "tensor")
+        return PruneRows(found.weights(), self.sparsity, found.transposed, self.group == "tensor")

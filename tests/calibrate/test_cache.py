@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from surgery.calibrate.cache import load, save, stored_key
-from surgery.calibrate.norms import Norm
 from surgery.errors import OptionError, OutputError
+from surgery.methods.wanda import Norm
 
 KEY: dict[str, Any] = {"weights": "ab" * 32, "tokens_sha256": "cd" * 32, "seed": 0, "samples": 128}
 

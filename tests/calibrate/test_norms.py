@@ -14,7 +14,7 @@ from hooks import NOT_TEXT, double_loop, expected, hooked, opened, sample_tokens
 from safetensors.torch import load_file, save_file
 
 from surgery.calibrate.lockstep import measure
-from surgery.calibrate.norms import Norm
+from surgery.methods.wanda import Norm
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_TEXT])

@@ -15,7 +15,7 @@ from runs import edit
 
 from surgery.engines import rows
 from surgery.errors import OptionError
-from surgery.methods.wanda import InputNorms, Wanda
+from surgery.methods.wanda import Norm, Wanda
 
 Q, DOWN, EMBEDDING = (
     "model.layers.0.self_attn.q_proj.weight",
@@ -25,11 +25,11 @@ Q, DOWN, EMBEDDING = (
 STACKED = "model.layers.0.mlp.experts.gate_up_proj"
 
 
-def norms_of(tensors: Tensors, *, transposed: bool = False, seed: int = 3) -> dict[str, InputNorms]:
+def norms_of(tensors: Tensors, *, transposed: bool = False, seed: int = 3) -> dict[str, Norm]:
     """Random norms for every matrix but the embedding."""
     draw = np.random.default_rng(seed)
     return {
-        name: InputNorms(draw.uniform(0.01, 10, tensor.shape[0 if transposed else 1]).astype(np.float32), transposed)
+        name: Norm(draw.uniform(0.01, 10, tensor.shape[0 if transposed else 1]).astype(np.float32), transposed, 1)
         for name, tensor in tensors.items()
         if tensor.ndim == 2 and name != EMBEDDING
     }
@@ -75,7 +75,7 @@ def test_stacked_experts_and_one_that_saw_no_token(transposed: bool, tmp_path: P
     ft = fine_tuned(pre, scale=0.1)
     values = np.random.default_rng(0).uniform(0.01, 10, (3, 8 if transposed else 16)).astype(np.float32)
     values[1] = 0
-    norms = {STACKED: InputNorms(values, transposed, np.array([True, False, True]))}
+    norms = {STACKED: Norm(values, transposed, np.array([5, 0, 2]))}
     out = edit(tmp_path, pre, ft, Wanda(0.5, norms=norms))
     values[1] = 1
     for expert in range(3):
@@ -95,7 +95,7 @@ def test_the_ends(sparsity: float, group: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(8,), (17,), (2, 16)])
 def test_norms_that_do_not_fit_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
-    norms: dict[str, Any] = {Q: InputNorms(np.ones(shape, np.float32), False)}
+    norms: dict[str, Any] = {Q: Norm(np.ones(shape, np.float32), False, 1)}
     with pytest.raises(OptionError, match=f"norms of {Q}"):
         edit(tmp_path, tiny_llama(), fine_tuned(tiny_llama()), Wanda(norms=norms))
 

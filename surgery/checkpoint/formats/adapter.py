@@ -7,7 +7,7 @@ with A [r, in], B [out, r], s = α/r, or α/√r for rank-stabilized LoRA (arXiv
 
 BLAS does not promise that the bits of an entry of B·A do not depend on which others are asked for with it. So an entry is summed
 here, over r in order, by fused multiply-adds; a BLAS that keeps this order gives the same bits. A step is done in float64, where
-the product is exact; that rounds twice, and so differs from a true fused step about once in 10⁸.
+the product is exact; that rounds twice, which is seldom another number than that of a true fused step.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from surgery.checkpoint.readable import readable
 from surgery.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -26,7 +27,7 @@ SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 STRING, ARRAY = 8, 9
 # Bytes of a string that is kept; a longer value, such as a chat template, is passed over.
 MAX_TEXT = 1 << 16
-# Bytes of a header; that of a vocabulary of 262,144 tokens takes about 15 MB.
+# Bytes of a header. It holds the vocabulary, and stays far below.
 MAX_HEADER = 1 << 27
 MAX_DIMENSIONS = 4
 ALIGNMENT = 32  # unless the file says otherwise
@@ -68,15 +69,8 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(
             f"{path}: reading GGUF takes the gguf package. Install it: pip install 'model-surgery[gguf]'."
         )
-    try:
-        with path.open("rb") as file:
-            return _read(_Cursor(path, file, os.fstat(file.fileno()).st_size))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Download it again.") from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    with readable(path), path.open("rb") as file:
+        return _read(_Cursor(path, file, os.fstat(file.fileno()).st_size))
 
 
 class _Cursor:
