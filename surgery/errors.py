@@ -26,3 +26,8 @@ class OutputError(SurgeryError):
 
 class HubError(SurgeryError):
     """A hub repository cannot be fetched: missing, gated, or the network is away."""
+
+
+def reason(error: BaseException) -> str:
+    """A library's error in one line, to quote in a sentence of our own."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"

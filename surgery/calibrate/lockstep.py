@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.calibrate.model import call_arguments, fill_tables, main_dtype, reason, skeleton
+from surgery.calibrate.model import call_arguments, fill_tables, skeleton
 from surgery.calibrate.norms import Recorder
 from surgery.calibrate.weights import Weights
+from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint
-from surgery.errors import CheckpointError, OptionError, SurgeryError
+from surgery.errors import CheckpointError, OptionError, SurgeryError, reason
 from surgery.methods.wanda import Norm
+from surgery.torch_types import main_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +106,9 @@ def measure(
         CheckpointError: the model cannot be built or run from these files, or its activations are not finite.
         OptionError: it does not take text, or not these tokens, or memory runs out.
     """
-    dtype = dtype or main_dtype(checkpoint.tensors)
+    for tensor in checkpoint.tensors.values():
+        refuse_quantized(tensor)
+    dtype = dtype or main_dtype(checkpoint.tensors.values())
     place = torch.device(device)
     model = skeleton(folder, dtype)
     weights = Weights(model, checkpoint, dtype, place, {} if checksums is None else checksums)

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.checkpoint.tensor import Tensor
-from surgery.errors import CheckpointError, OptionError
+from surgery.errors import CheckpointError, OptionError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tables that depend on the maximum context length may take this much: GPT-Neo's masks take 4 MiB a layer.
 MAX_TABLES = 1 << 29
-
-
-def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The floating-point type that most entries are stored in.
-
-    Raises:
-        CheckpointError: quantized, or no floating-point number at all.
-    """
-    entries: dict[str, int] = {}
-    for tensor in tensors.values():
-        if tensor.is_quantized:
-            raise CheckpointError(
-                f"{tensor.path}: {tensor.name} is quantized ({tensor.dtype}), so the model cannot be calibrated. Dequantize it "
-                "to bfloat16 first."
-            )
-        if tensor.is_float:
-            entries[tensor.dtype] = entries.get(tensor.dtype, 0) + tensor.entries
-    if not entries:
-        raise CheckpointError("The checkpoint holds no floating-point tensor, so there is nothing to calibrate.")
-    return DTYPES[max(entries, key=lambda dtype: entries[dtype])]
 
 
 def read_config(folder: Path) -> Any:
@@ -189,8 +166,3 @@ def activation_bytes(config: Any, samples: int, length: int, dtype: torch.dtype)
     hidden = int(text.hidden_size)
     head = getattr(text, "head_dim", None) or hidden // int(getattr(text, "num_attention_heads", None) or 1)
     return samples * length * ((2 * hidden + 4 * head) * dtype.itemsize + 16)
-
-
-def reason(error: Exception) -> str:
-    """A library's error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"

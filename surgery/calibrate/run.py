@@ -51,14 +51,15 @@ class Calibration:
             raise OptionError(f"--batch-size must be 1 or more, not {self.batch}.")
 
 
-def activation_bytes(job: Job, calibration: Calibration) -> int:
+def activations(job: Job, calibration: Calibration) -> int:
     """A bound on what the samples keep in memory between two layers."""
-    from surgery.calibrate import model, text
+    from surgery.calibrate.model import activation_bytes, read_config
+    from surgery.pretrained import max_positions
+    from surgery.torch_types import main_dtype
 
-    folder = _folder(job)
-    config = model.read_config(folder)
-    length = min(calibration.length, text.max_positions(config) or calibration.length)
-    return model.activation_bytes(config, calibration.samples, length, model.main_dtype(job.pair.ft.tensors))
+    config = read_config(_folder(job))
+    length = min(calibration.length, max_positions(config) or calibration.length)
+    return activation_bytes(config, calibration.samples, length, main_dtype(job.pair.ft.tensors.values()))
 
 
 def calibrated(job: Job, calibration: Calibration, *, device: str, advance: Callable[[int, int], None]) -> Job:

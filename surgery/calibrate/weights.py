@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from surgery.calibrate.model import DTYPES, reason
 from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.source import Checkpoint
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, reason
 from surgery.methods.wanda import Norm
+from surgery.torch_types import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

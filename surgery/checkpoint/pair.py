@@ -61,7 +61,7 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     """
     for checkpoint in (pre, ft):
         for tensor in checkpoint.tensors.values():
-            _refuse_quantized(tensor)
+            refuse_quantized(tensor)
     names, prefix_note = align(pre.tensors, ft.tensors)
     base = {name: pre.tensors[names[name]] for name in ft.tensors if name in names}
     notes = [prefix_note] if prefix_note else []
@@ -134,7 +134,8 @@ def _without(tensors: Mapping[str, Tensor], taken: Collection[str]) -> list[str]
     return [name for name in tensors if name not in taken]
 
 
-def _refuse_quantized(tensor: Tensor) -> None:
+def refuse_quantized(tensor: Tensor) -> None:
+    """Raise CheckpointError where a weight is stored as codes."""
     where = place(tensor.name)
     stored_as_codes = (
         tensor.dtype in CODES and not where.buffer and (where.layer is not None or where.category != "other")

@@ -62,7 +62,7 @@ def _wanda(
 def _complete(job: "Job", device: str, dry_run: bool, **own: Any) -> "Job":
     """Measure the norms and plan again; a dry run only says how much memory that would take."""
     from surgery import display
-    from surgery.calibrate.run import Calibration, activation_bytes, calibrated
+    from surgery.calibrate.run import Calibration, activations, calibrated
 
     calibration = Calibration(
         own["calibration"],
@@ -75,7 +75,7 @@ def _complete(job: "Job", device: str, dry_run: bool, **own: Any) -> "Job":
         own["batch_size"],
     )
     if dry_run:
-        nbytes = activation_bytes(job, calibration)
+        nbytes = activations(job, calibration)
         job.pair.notes.append(f"Calibration keeps at most {display.size(nbytes)} of activations beside one layer.")
         return job
     with display.calibrating() as advance:

@@ -25,8 +25,8 @@ from surgery.engines.results import Result
 from surgery.errors import CheckpointError, OptionError
 from surgery.methods.hma import blend
 from surgery.selection import keep_mask
+from surgery.torch_types import DTYPES
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 STAGING_BYTES = 32 << 20
 
 

@@ -7,8 +7,8 @@ Where the paper leaves something open: α·n is rounded up; ties go to the lowes
 for the updated entries only, so that every other entry keeps its bits; one-dimensional tensors are filtered too (its D.4), other
 than in the authors' code. An entry whose momentum is NaN counts as the smallest.
 
-Memory: AdamW's two moments in float32, whatever the parameters' type, and in a step a few tensors more. docs/benchmarks.md has the
-time of a step on a CPU beside torch's fused AdamW.
+Memory: AdamW's two moments in float32, whatever the parameters' type, and in a step a few tensors more. The time of a
+step on a CPU, beside torch's fused AdamW, is in docs/benchmarks.md.
 """
 
 from __future__ import annotations

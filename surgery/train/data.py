@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import OptionError
-from surgery.train.records import records
+from surgery.records import records
 
 Row = dict[str, Any]
 

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery import pretrained
 from surgery.checkpoint.companions import companions
+from surgery.checkpoint.container import MAX_SHARD_SIZE
 from surgery.checkpoint.formats import PYTORCH, SAFETENSORS
 from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, reason
+from surgery.torch_types import DTYPES, main_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_SHARD_SIZE = "5GB"
 
 
 def open_model(typed: str) -> Checkpoint:
@@ -37,11 +39,7 @@ def open_model(typed: str) -> Checkpoint:
         raise CheckpointError(f"{typed}: cannot be trained. Give the folder of a model in the Hugging Face format.")
     opened = open_checkpoint(source)
     for tensor in opened.tensors.values():
-        if tensor.is_quantized:
-            raise CheckpointError(
-                f"{tensor.path}: {tensor.name} is quantized ({tensor.dtype}), so it cannot be trained. Dequantize the model to "
-                "bfloat16 first."
-            )
+        refuse_quantized(tensor)
     if not (opened.folder / CONFIG).is_file():
         raise CheckpointError(f"{opened.folder / CONFIG}: no such file, and the model cannot be built without it.")
     return opened
@@ -68,7 +66,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{checkpoint.folder}: transformers cannot build a language model of it ({_reason(error)}). Its architecture must be "
+            f"{checkpoint.folder}: transformers cannot build a language model of it ({reason(error)}). Its architecture must be "
             "one that transformers itself knows."
         ) from error
     missing = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
@@ -90,17 +88,7 @@ def load_tokenizer(folder: Path, *, chat: bool) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or it lacks an end-of-text token or that template.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: transformers finds no tokenizer that it can read ({_reason(error)}). Copy tokenizer.json and "
-            "tokenizer_config.json from the base model."
-        ) from error
+    tokenizer = pretrained.load_tokenizer(folder)
     if tokenizer.eos_token is None:
         raise CheckpointError(
             f"{folder}: the tokenizer has no eos_token, so the model could not learn where an answer ends. Name one in "
@@ -123,11 +111,7 @@ def save_model(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, dty
         dtype: of the weights; None for what each tensor is stored in there.
     """
     stored = {tensor.name: DTYPES[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.is_float}
-    sizes = dict[torch.dtype, int]()
-    for tensor in checkpoint.tensors.values():
-        if tensor.is_float:
-            sizes[stored[tensor.name]] = sizes.get(stored[tensor.name], 0) + tensor.entries
-    most = max(sizes, key=lambda each: sizes[each])
+    most = main_dtype(checkpoint.tensors.values())
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype) if dtype else stored.get(name, most))
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
@@ -157,7 +141,3 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

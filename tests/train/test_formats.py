@@ -190,7 +190,7 @@ BAD: dict[str, str] = {
     '{"messages": "w1"}\n': "line 1: field messages is no list of messages",
     '{"messages": [{"role": "user", "content": "w1"}]}\n': "line 1: no message of role assistant",
     "[1]\n": "record 1: is no record with fields",
-    '{"text": \n': "line 1: is not JSON",
+    '{"text": \n': "line 1 is not JSON",
     "": "holds no record",
     "[]": "holds no record",
 }
