@@ -212,7 +212,7 @@ def _time(contestant: Contestant, pair: Path, work: Path) -> Run:
     """Run one contestant from a clean start, and stop the clock when its output is on disk."""
     shutil.rmtree(work / "out", ignore_errors=True)
     (work / "out").mkdir()
-    _read_all(pair)
+    _read_all(pair, work / "made")
     os.sync()
     log = work / f"{contestant.name}.log"
     with log.open("wb") as output:
@@ -233,12 +233,14 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-def _read_all(pair: Path) -> None:
+def _read_all(*folders: Path) -> None:
     buffer = bytearray(1 << 22)
-    for path in [*(pair / "pre").iterdir(), *(pair / "ft").iterdir()]:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
 
 
 def _table(runs: dict[str, list[Run]]) -> Iterator[str]:

@@ -20,6 +20,8 @@ from checkpoints import (
 from huggingface_hub import split_torch_state_dict_into_shards
 from reference.formulas import same_bits
 from runs import MAKE, edit
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from surgery.__main__ import main
 from surgery.edit import run
@@ -103,14 +105,16 @@ def test_files_are_cut_as_the_hubs_own_function_cuts_them(tmp_path: Path) -> Non
     run(prepare(tmp_path / "pre", tmp_path / "ft", Fapm(), out=tmp_path / "cut", max_shard_size="100KB"))
     made, plain = read_checkpoint(tmp_path / "cut"), read_checkpoint(tmp_path / "plain")
     assert all(same_bits(made[name], plain[name]) for name in plain)
-    ordered = {name: made[name] for name in json.loads((tmp_path / "cut" / INDEX).read_text())["weight_map"]}
-    files = {path.name: path.stat().st_size for path in (tmp_path / "cut").glob("*.safetensors")}
-    assert len(files) > 2
-    largest = max(tensor.nbytes for tensor in made.values())
-    assert all(size <= max(100_000, largest) + 10_000 for size in files.values())
+    ordered: Tensors = {}
+    for path in sorted((tmp_path / "ft").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            ordered |= {name: made[name] for name in file.offset_keys()}
     expected = split_torch_state_dict_into_shards(ordered, max_shard_size="100KB")
-    assert expected.metadata == json.loads((tmp_path / "cut" / INDEX).read_text())["metadata"]
-    assert len(expected.filename_to_tensors) == len(files)
+    index = json.loads((tmp_path / "cut" / INDEX).read_text())
+    assert index == {"metadata": expected.metadata, "weight_map": expected.tensor_to_filename}
+    assert len(expected.filename_to_tensors) > 2
+    for file_name, names in expected.filename_to_tensors.items():
+        assert load_file(tmp_path / "cut" / file_name).keys() == set(names)
     from transformers import AutoModelForCausalLM
 
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64}
