@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.calibrate.model import call_arguments, fill_tables, skeleton
 from surgery.calibrate.norms import Recorder
-from surgery.calibrate.weights import Weights
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint
 from surgery.errors import CheckpointError, OptionError, SurgeryError, reason
 from surgery.methods.wanda import Norm
+from surgery.model.skeleton import call_arguments, fill_tables, skeleton
+from surgery.model.weights import Weights
 from surgery.torch_types import main_dtype
 
 if TYPE_CHECKING:

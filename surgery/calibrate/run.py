@@ -53,8 +53,8 @@ class Calibration:
 
 def activations(job: Job, calibration: Calibration) -> int:
     """A bound on what the samples keep in memory between two layers."""
-    from surgery.calibrate.model import activation_bytes, read_config
-    from surgery.pretrained import max_positions
+    from surgery.model.pretrained import max_positions
+    from surgery.model.skeleton import activation_bytes, read_config
     from surgery.torch_types import main_dtype
 
     config = read_config(_folder(job))

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.calibrate.model import read_config
 from surgery.errors import OptionError, reason
-from surgery.pretrained import load_tokenizer, max_positions
+from surgery.model.pretrained import load_tokenizer, max_positions
+from surgery.model.skeleton import read_config
 from surgery.records import ENDINGS, local, records
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery import pretrained
 from surgery.checkpoint.companions import companions
 from surgery.checkpoint.container import MAX_SHARD_SIZE
 from surgery.checkpoint.formats import PYTORCH, SAFETENSORS
@@ -17,6 +16,7 @@ from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
 from surgery.errors import CheckpointError, reason
+from surgery.model import pretrained
 from surgery.torch_types import DTYPES, main_dtype
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from surgery.checkpoint.draft import check_output
 from surgery.errors import OptionError, SurgeryError
 from surgery.records import local
-from surgery.train.data import Data, Row, hold_out, read, replayed
+from surgery.rows import Data, Row, read
+from surgery.train.data import hold_out, replayed
 from surgery.train.settings import Settings
 from surgery.train.work import STATE, Work
 
@@ -135,7 +136,7 @@ class _Run:
         self.losses: list[list[float]] = []  # [round][task], of held-out rows
 
     def all(self, command: Sequence[str]) -> dict[str, Any]:
-        from surgery.pretrained import max_positions
+        from surgery.model.pretrained import max_positions
         from surgery.train import report
         from surgery.train.anchor import Anchor
         from surgery.train.model import load_model

@@ -16,8 +16,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from surgery.errors import OptionError
+from surgery.rows import Row
 from surgery.train.anchor import Anchor
-from surgery.train.data import Row
 from surgery.train.settings import Settings
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery.calibrate.lockstep import measure
-from surgery.calibrate.model import activation_bytes
 from surgery.checkpoint.header import encode_header
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import open_checkpoint
 from surgery.checkpoint.tensor import Span, Tensor
+from surgery.model.skeleton import activation_bytes
 
 
 def make(folder: Path, layers: int, width: int, positions: int) -> LlamaConfig:

@@ -12,9 +12,9 @@ import torch
 import transformers
 from families import FAMILIES
 
-from surgery.calibrate.model import call_arguments
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import Checkpoint, open_checkpoint
+from surgery.model.skeleton import call_arguments
 
 NOT_TEXT = ("whisper", "vit", "vit_base")
 # A weight of the model, entry [e] where experts are stacked, and the token vectors that it was multiplied with.

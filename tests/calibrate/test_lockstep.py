@@ -18,11 +18,11 @@ from hooks import NOT_TEXT, opened, sample_tokens, saved
 from safetensors.torch import load_file, save_file
 
 from surgery.calibrate.lockstep import measure
-from surgery.calibrate.model import activation_bytes
-from surgery.calibrate.weights import Weights
 from surgery.checkpoint.fingerprint import fingerprint, weights_fingerprint
 from surgery.checkpoint.tensor import Reader
 from surgery.errors import CheckpointError, OptionError
+from surgery.model.skeleton import activation_bytes
+from surgery.model.weights import Weights
 
 
 def test_every_weight_is_read_once_and_the_head_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

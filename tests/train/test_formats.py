@@ -9,7 +9,8 @@ import pytest
 from tiny_model import END, IDS, ids, make_model, write
 
 from surgery.errors import CheckpointError, OptionError
-from surgery.train.data import ALPACA, ALPACA_INPUT, hold_out, read, replayed
+from surgery.rows import ALPACA, ALPACA_INPUT, read
+from surgery.train.data import hold_out, replayed
 from surgery.train.model import load_model, load_tokenizer, open_model
 from surgery.train.run import _quiet
 from surgery.train.settings import Settings

@@ -414,7 +414,8 @@ def test_continual_rounds_are_scored_on_every_task(
     between = changed(out / "round-1", out)
     assert draws[1] == {name for name, count in between.items() if not count}
     # The score of the second task after the first round, from the checkpoint of that round; the rows are all of one length.
-    from surgery.train.data import hold_out, read
+    from surgery.rows import read
+    from surgery.train.data import hold_out
 
     net = AutoModelForCausalLM.from_pretrained(out / "round-1", dtype=torch.float32)
     lines = [[*ids(row["prompt"] + row["completion"]), END] for row in hold_out(read(str(second)).rows, 0.2, 0)[1]]

@@ -179,7 +179,7 @@ class Weights:
                 tensor = self.checkpoint.tensors[source]
                 if tensor.dtype not in TORCH:
                     raise CheckpointError(
-                        f"{tensor.path}: {source} has the type {tensor.dtype}, which cannot be calibrated."
+                        f"{tensor.path}: {source} has the type {tensor.dtype}, which cannot be run here."
                     )
                 if origin.transform is None and tensor.shape != parameter.shape:
                     raise CheckpointError(

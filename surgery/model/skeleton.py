@@ -1,4 +1,4 @@
-"""The fine-tuned model as a skeleton: built by transformers from config.json, with no weights, and what to call it with."""
+"""A model as a skeleton: built by transformers from config.json, with no weights, and what to call it with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_config(folder: Path) -> Any:
     try:
         from transformers import AutoConfig
     except ImportError:
-        raise OptionError("Calibration needs transformers: pip install 'model-surgery[wanda]'.") from None
+        raise OptionError("Running a model needs transformers: pip install 'model-surgery[wanda]'.") from None
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
@@ -37,12 +37,12 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{path}: transformers cannot read it ({reason(error)}). Calibration needs an architecture that transformers "
+            f"{path}: transformers cannot read it ({reason(error)}). Running a model needs an architecture that transformers "
             "itself knows, since code that comes with a model is not run."
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"{path}: the weights are quantized, so the model cannot be calibrated. Dequantize it to bfloat16 first."
+            f"{path}: the weights are quantized, so the model cannot be run here. Dequantize it to bfloat16 first."
         )
     return config
 
@@ -72,8 +72,8 @@ def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     if kind.main_input_name != "input_ids":
         raise OptionError(
-            f"{folder}: {kind.__name__} takes {kind.main_input_name}, not text, so it cannot be calibrated on text. Use another "
-            "method, such as magnitude."
+            f"{folder}: {kind.__name__} takes {kind.main_input_name}, not text, so it cannot run on text. Use a method that "
+            "needs no calibration, such as magnitude."
         )
     for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
         part.use_cache = False
@@ -107,7 +107,7 @@ def fill_tables(model: PreTrainedModel, stored: set[str], device: torch.device, 
     total = sum(buffer.nbytes for buffer in missing.values())
     if total > MAX_TABLES:
         raise OptionError(
-            f"{folder / 'config.json'}: the model makes tables of {total:,} bytes for its maximum context length. Calibrate on a "
+            f"{folder / 'config.json'}: the model makes tables of {total:,} bytes for its maximum context length. Use a "
             "copy with a smaller max_position_embeddings."
         )
     owners = {}
