@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,12 +18,13 @@ from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.companions import companions
 from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.delta import FILE, Delta, as_words, open_delta, read_entries
-from surgery.checkpoint.draft import Draft, Sink, check_output
+from surgery.checkpoint.draft import Draft, check_output
 from surgery.checkpoint.durable import explain
 from surgery.checkpoint.formats import GGUF, SAFETENSORS
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
-from surgery.checkpoint.tensor import BITS, Span, Tensor
+from surgery.checkpoint.tensor import BITS, Span, Tensor, read_bytes
+from surgery.computed import Computed, Sink
 from surgery.edit import documents
 from surgery.engines.chunks import CHUNK
 from surgery.errors import CheckpointError, PairError
@@ -85,18 +87,10 @@ def prepare(pre: str | Path, delta: Path, *, out: Path | None = None, force: boo
         PairError: the base is another one, and `force` is not given.
     """
     opened = open_delta(delta)
-    document = opened.document
     source = resolve(str(pre), companions=True)
     base = open_checkpoint(source, other=_names(source, opened) if weights_of(source).format == GGUF else None)
-    pieces = [_piece(line, opened, base) for line in document["tensors"]]
-    if not force:
-        small = [piece for piece in pieces if piece.base is not None and piece.base.nbytes <= QUICK_BYTES]
-        for piece in small[:QUICK_TENSORS]:
-            _quick_check(piece, opened, base)
-    container = Container(
-        {name: Shard(tuple(shard["names"]), shard["metadata"]) for name, shard in document["shards"].items()},
-        document["index"],
-    )
+    pieces = _pieces(opened, base, check=not force)
+    container = _container(opened)
     target = out or delta.with_suffix("")
     inputs = [base.folder, *base.files.values(), delta] if not base.source.file else [*base.files.values(), delta]
     return ApplyJob(
@@ -124,7 +118,7 @@ def run(
     }
     checksums: dict[str, str] = {}
     copies = {name: content for name, content in job.files.items() if isinstance(content, Path)}
-    stored = {name: _bytes(content) for name, content in job.files.items() if isinstance(content, Tensor)}
+    stored = {name: read_bytes(content) for name, content in job.files.items() if isinstance(content, Tensor)}
     identity = {"delta": str(job.delta.path), "command": list(command)}
     with Draft(job.out, shards, identity, resume=False, replace=job.force) as draft:
 
@@ -146,6 +140,46 @@ def run(
         document = _report(job, checksums, command)
         draft.commit(documents(document, job.container) | stored, copies)
     return document
+
+
+def computed(delta: Delta, base: Checkpoint) -> tuple[Checkpoint, dict[str, Path | Tensor]]:
+    """The checkpoint that `run` would write, made while it is read, and the files beside its weights.
+
+    Raises:
+        PairError: the base is another one, as far as small tensors can tell; reading a tensor tells for the others.
+        CheckpointError: a file beside the base's weights is not the one that is meant.
+    """
+    tensors = {
+        piece.result.name: replace(
+            piece.result, data=Computed(delta.path, piece.result.nbytes, partial(_make, piece, delta, base))
+        )
+        for piece in _pieces(delta, base, check=True)
+    }
+    made = Checkpoint(base.source, SAFETENSORS, tensors, {delta.path.name: delta.path}, _container(delta))
+    return made, _files(delta, base, False)
+
+
+def _make(piece: Piece, delta: Delta, base: Checkpoint, sink: Sink) -> None:
+    checksum = _write(piece, sink, lambda _: None)
+    if piece.base is not None and checksum != piece.line["base"]["checksum"]:
+        raise _another_base(piece, delta, base)
+
+
+def _pieces(delta: Delta, base: Checkpoint, *, check: bool) -> list[Piece]:
+    pieces = [_piece(line, delta, base) for line in delta.document["tensors"]]
+    if check:
+        small = [piece for piece in pieces if piece.base is not None and piece.base.nbytes <= QUICK_BYTES]
+        for piece in small[:QUICK_TENSORS]:
+            _quick_check(piece, delta, base)
+    return pieces
+
+
+def _container(delta: Delta) -> Container:
+    shards = delta.document["shards"]
+    return Container(
+        {name: Shard(tuple(shard["names"]), shard["metadata"]) for name, shard in shards.items()},
+        delta.document["index"],
+    )
 
 
 def _names(source: Any, delta: Delta) -> Checkpoint:
@@ -277,13 +311,6 @@ class _Patch:
     def _damaged(self) -> CheckpointError:
         tensor = self.kept.tensor
         return CheckpointError(f"{tensor.path}: {tensor.name} does not fit its mask. Extract the task vector again.")
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    with tensor.open() as reader:
-        content = bytearray(tensor.nbytes)
-        reader.fill(0, memoryview(content))
-    return bytes(content)
 
 
 def _report(job: ApplyJob, checksums: dict[str, str], command: Sequence[str]) -> dict[str, Any]:

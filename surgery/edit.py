@@ -12,8 +12,8 @@ from surgery.checkpoint.container import Container
 from surgery.checkpoint.draft import REPORT, Draft
 from surgery.checkpoint.durable import explain
 from surgery.checkpoint.formats import SETS
+from surgery.computed import Sink
 from surgery.engines.cpu import CpuEngine
-from surgery.engines.cpu import Sink as SinkProtocol
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.job import Job, check_unchanged, identity, reading
@@ -25,7 +25,7 @@ from surgery.stream import workers as count_workers
 class Engine(Protocol):
     """One worker: it edits a tensor and hands the bytes to a sink."""
 
-    def run(self, step: Step, sink: SinkProtocol) -> Result:
+    def run(self, step: Step, sink: Sink) -> Result:
         """Carry out a step."""
 
 

@@ -74,19 +74,22 @@ def prepare(
     force: bool = False,
     strict: bool = False,
     max_shard_size: str | None = None,
+    label: str | None = None,
 ) -> Job:
     """Open a pair, plan the edit and check the output, reading headers only.
 
     Args:
         pre, ft, method, strict, max_shard_size: as for `plan`.
         out: the output folder; by default a sibling of ft named after the method.
+        label: what the default output is named after in place of the method and its number.
         force: an existing checkpoint at `out` may be replaced.
 
     Raises:
         SurgeryError: anything that can be refused before working.
     """
     job = plan(pre, ft, method, strict=strict, max_shard_size=max_shard_size)
-    return replace(job, out=check_output(out or job.out, job.inputs, force=force), replace=force)
+    default = _default_out(job.pair.ft, label) if label else job.out
+    return replace(job, out=check_output(out or default, job.inputs, force=force), replace=force)
 
 
 def plan(
@@ -115,6 +118,23 @@ def plan(
         raise OptionError(f"{method.name} takes one --ft, not {len(names)}: ties and dare merge several.")
     base, (tuned, *others) = open_both(str(pre), *map(str, names))
     both = pair(base, tuned, strict=strict)
+    return plan_pair(both, method, others, strict=strict, max_shard_size=max_shard_size)
+
+
+def plan_pair(
+    both: Pair,
+    method: Method,
+    others: Sequence[Checkpoint] = (),
+    *,
+    strict: bool = False,
+    max_shard_size: str | None = None,
+) -> Job:
+    """Plan the edit of a pair that is open; see `plan`.
+
+    Args:
+        others: further fine-tuned models, for a merge.
+    """
+    base, tuned = both.pre, both.ft
     actions = method.plan(both.items)
     container = tuned.container
     if container is None or max_shard_size is not None:
@@ -129,7 +149,7 @@ def plan(
         for step in steps
     ]
     both.notes.extend(note for _, notes in further for note in notes)
-    return Job(both, method, steps, container, _default_out(tuned, method), False, copies, changed, tuple(others))
+    return Job(both, method, steps, container, _default_out(tuned, method.label()), False, copies, changed, tuple(others))
 
 
 def replan(job: Job, method: Method) -> Job:
@@ -141,6 +161,16 @@ def replan(job: Job, method: Method) -> Job:
     actions = method.plan(job.pair.items)
     steps = [replace(step, action=action) for step, action in zip(job.steps, actions, strict=True)]
     return replace(job, method=method, steps=steps)
+
+
+def beside(both: Pair) -> dict[str, Path | bytes]:
+    """What lies beside ft's weights for a loader, with pre's where ft's format has none of its own: name -> file or content.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged.
+    """
+    copies = _copies(both.pre, both.ft)
+    return {**copies, **_resized(copies, both)}
 
 
 def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
@@ -196,11 +226,11 @@ def reading(step: Step) -> int:
     return step.ft.nbytes + base
 
 
-def _default_out(ft: Checkpoint, method: Method) -> Path:
+def _default_out(ft: Checkpoint, label: str) -> Path:
     if ft.source.repo:
-        return Path(f"{ft.source.repo.split('/')[-1]}-{method.label()}")
+        return Path(f"{ft.source.repo.split('/')[-1]}-{label}")
     path = Path(os.path.realpath(ft.folder / (ft.source.file or "")))
-    return path.with_name(f"{path.stem if ft.source.file else path.name}-{method.label()}")
+    return path.with_name(f"{path.stem if ft.source.file else path.name}-{label}")
 
 
 def identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[str]) -> dict[str, Any]:

@@ -145,6 +145,18 @@ class Reader:
         self.handle.close()
 
 
+def read_bytes(tensor: Tensor) -> bytes:
+    """All bytes of a small tensor.
+
+    Raises:
+        CheckpointError: its file ends before, or cannot be read.
+    """
+    with tensor.open() as reader:
+        content = bytearray(tensor.nbytes)
+        reader.fill(0, memoryview(content))
+    return bytes(content)
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Bytes of one file, from `begin` on."""

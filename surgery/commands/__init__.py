@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from surgery import __version__
-from surgery.commands import delta, demo, diff, edit, train, wanda
+from surgery.commands import compare, delta, demo, diff, edit, train, wanda
 
 app = typer.Typer(
     name="surgery",
@@ -39,5 +39,6 @@ diff.register(app)
 edit.register(app)
 wanda.register(app)
 delta.register(app)
+compare.register(app)
 demo.register(app)
 train.register(app)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from surgery import kernels
 from surgery.actions import Blend, Keep, Merge, Prune, PruneRows, Reset
 from surgery.checkpoint.tensor import Reader, Tensor
+from surgery.computed import Sink
 from surgery.engines.chunks import CHUNK, Chunks, Sides
 from surgery.engines.merge import merge
 from surgery.engines.plan import Step
@@ -27,13 +28,6 @@ from surgery.selection import Search, rank, runs
 
 COPY_BYTES = 1 << 20
 SAME = Distance(0.0, 0.0, 0)
-
-
-class Sink(Protocol):
-    """Where a tensor's bytes go."""
-
-    def write(self, offset: int, data: Any) -> None:
-        """Put bytes at an offset from the tensor's first byte."""
 
 
 class Shifted:

@@ -19,7 +19,8 @@ import torch
 
 from surgery.actions import Blend, Prune
 from surgery.checkpoint.tensor import Tensor
-from surgery.engines.cpu import CpuEngine, Sink, checked
+from surgery.computed import Sink
+from surgery.engines.cpu import CpuEngine, checked
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.errors import CheckpointError, OptionError

@@ -26,7 +26,8 @@ from surgery.methods.ties import masked
 from surgery.selection import rank
 
 if TYPE_CHECKING:
-    from surgery.engines.cpu import CpuEngine, Sink
+    from surgery.computed import Sink
+    from surgery.engines.cpu import CpuEngine
 
 Bools = NDArray[np.bool_]
 # (start, raw pre, raw ft) of a chunk -> which entries the model keeps, bool, and how far it is from pre.

@@ -22,7 +22,8 @@ from surgery.kernels import RAW, Array, Floats
 from surgery.selection import Search, rank, runs
 
 if TYPE_CHECKING:
-    from surgery.engines.cpu import CpuEngine, Sink
+    from surgery.computed import Sink
+    from surgery.engines.cpu import CpuEngine
 
 
 @dataclass(frozen=True, slots=True)

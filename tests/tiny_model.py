@@ -26,14 +26,16 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, *, dtype: torch.dtype = torch.float32, template: str | None = TEMPLATE) -> Path:
+def make_model(
+    folder: Path, *, family: str = "llama", dtype: torch.dtype = torch.float32, template: str | None = TEMPLATE
+) -> Path:
     """Write the model and its tokenizer."""
     words = Tokenizer(WordLevel(IDS, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     build: Any = PreTrainedTokenizerFast
     tokenizer = build(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
     tokenizer.chat_template = template
-    FAMILIES["llama"].build(seed=1, dtype=dtype).save_pretrained(folder)
+    FAMILIES[family].build(seed=1, dtype=dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -69,7 +71,7 @@ def surgery_train(model: Path, data: Path | list[Path], out: Path, *more: str | 
 
 def report(out: Path) -> dict[str, Any]:
     """What a run says of itself."""
-    found: dict[str, Any] = json.loads((out / "surgery-train.json").read_bytes())
+    found: dict[str, Any] = json.loads((out / "surgery-report.json").read_bytes())
     return found
 
 

@@ -1,0 +1,88 @@
+"""Scores kept in a folder that the user names, so that adding a model to a comparison evaluates only that one.
+
+A file is named after the SHA-256 of all that the scores depend on: the weights, what lies beside them, the measure, what they are
+computed in and with. It is written when a measure is done, so that a run that was stopped has lost little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import OutputError
+from surgery.evaluate.scores import Scores
+from surgery.outfile import OutFile
+
+FORMAT = 1
+
+
+class Cache:
+    """The folder.
+
+    Args:
+        folder: made where there is none; None to keep nothing.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder.expanduser() if folder else None
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"--cache {folder}: cannot be made ({error.strerror}). Choose another folder."
+                ) from error
+
+    def find(self, key: dict[str, Any]) -> Scores | None:
+        """The scores that were kept under a key; None where there are none, or their file is damaged."""
+        path = self._path(key)
+        if path is None:
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+            if found["key"] != _plain(key):
+                return None
+            values, weights = (np.array(found[name], np.float64) for name in ("values", "weights"))
+            if values.ndim != 1 or values.shape != weights.shape or not len(values):
+                return None
+            return Scores(found["kind"], values, weights, found["items"], found["extra"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, key: dict[str, Any], scores: Scores) -> None:
+        """Keep scores under a key.
+
+        Raises:
+            OutputError: the disk is full, or the folder is gone.
+        """
+        path = self._path(key)
+        if path is None:
+            return
+        content = {
+            "key": _plain(key),
+            "kind": scores.kind,
+            "values": scores.values.tolist(),
+            "weights": scores.weights.tolist(),
+            "items": list(scores.items),
+            "extra": scores.extra,
+        }
+        with OutFile(path, (".json",), "--cache") as file:
+            file.write(json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace"))
+
+    def _path(self, key: dict[str, Any]) -> Path | None:
+        if self.folder is None:
+            return None
+        text = json.dumps({"format": FORMAT, **_plain(key)}, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _plain(key: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(key))
+    return plain

@@ -1,0 +1,71 @@
+"""What models are scored on, and how: the options that `surgery compare`, `surgery sweep` and their Python functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.errors import OptionError
+
+if TYPE_CHECKING:
+    from surgery.evaluate.bench import Bench, Observe
+    from surgery.evaluate.scores import Measure
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Measures and settings.
+
+    Attributes:
+        task: the downstream task, a file, a folder of files, or a task of lm-evaluation-harness; several are averaged.
+        general: general ability, likewise.
+        metric: of the tasks that are files, where their fields allow several; see `surgery.evaluate.measures`.
+        limit: items of each measure at most, the first ones.
+        seq_len: tokens of a window of text.
+        max_new_tokens: of a generated answer.
+        batch_size: sequences in one forward pass.
+        dtype, device: to compute in and on; see `surgery.evaluate.model.LanguageModel`.
+        cache: a folder to keep scores in.
+    """
+
+    task: Sequence[str] = ()
+    general: Sequence[str] = ()
+    metric: str | None = None
+    limit: int | None = None
+    seq_len: int = 512
+    max_new_tokens: int = 256
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str = "auto"
+    cache: Path | None = None
+
+    def measures(self) -> tuple[list[Measure], list[Measure]]:
+        """The measures of the task and of general ability, checked before any work.
+
+        Raises:
+            OptionError: a file or an option is not as it should be, or one of the two is missing.
+        """
+        from surgery.evaluate.measures import find_measures
+
+        for name, specs in (("task", self.task), ("general", self.general)):
+            if not specs:
+                raise OptionError(f"--{name} is missing. Give a file, or a task of lm-evaluation-harness.")
+        if self.limit is not None and self.limit < 1:
+            raise OptionError(f"--limit must be 1 or more, not {self.limit}.")
+        lengths = {"limit": self.limit, "seq_len": self.seq_len, "max_new_tokens": self.max_new_tokens}
+        task = find_measures(self.task, metric=self.metric, **lengths)
+        return task, find_measures(self.general, **lengths)
+
+    def bench(self, measures: Sequence[Measure], observe: Observe = lambda *_: None) -> Bench:
+        """Where models are scored on these measures.
+
+        Raises:
+            OptionError: a library or a device is missing, or two measures have one name.
+        """
+        from surgery.evaluate.bench import Bench
+
+        return Bench(
+            measures, cache=self.cache, device=self.device, dtype=self.dtype, batch=self.batch_size, observe=observe
+        )

@@ -1,0 +1,191 @@
+"""A model to be scored, wherever its weights lie: a checkpoint, an adapter, a task vector, or an edit that was never written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery import apply, diff, report
+from surgery.checkpoint.delta import FORMAT, open_delta
+from surgery.checkpoint.draft import REPORT
+from surgery.checkpoint.header import read_header
+from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.json_file import read_json
+from surgery.checkpoint.pair import pair
+from surgery.checkpoint.source import Checkpoint, open_both, open_checkpoint
+from surgery.checkpoint.tensor import Tensor, read_bytes
+from surgery.edited import Edited
+from surgery.errors import OptionError
+from surgery.job import Job, beside
+from surgery.methods import parameters
+
+Content = Path | Tensor | bytes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of a comparison.
+
+    Attributes:
+        label: its name there.
+        checkpoint: its weights.
+        files: what lies beside them: name -> where its content is.
+        method, parameters, command: how it was made, where that is known.
+        against: measures (distance D, effective sparsity) from pre; None where the subject is pre.
+    """
+
+    label: str
+    checkpoint: Checkpoint
+    files: Mapping[str, Content]
+    method: str | None = None
+    parameters: dict[str, Any] | None = None
+    command: list[str] | None = None
+    against: Callable[[], tuple[float | None, float | None]] = field(default=lambda: (None, None), repr=False)
+
+    def surroundings(self) -> str:
+        """The SHA-256 of what lies beside the weights: scores depend on configuration and tokenizer."""
+        digests = (f"{name} {hashlib.sha256(_content(kept)).hexdigest()}" for name, kept in sorted(self.files.items()))
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def lay_out(self, folder: Path) -> None:
+        """Put the files beside the weights into an empty folder, for libraries that look for them there."""
+        for name, kept in self.files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(kept, Path):
+                target.symlink_to(kept.absolute())
+            else:
+                target.write_bytes(_content(kept))
+
+
+def open_subject(typed: str, pre: Checkpoint, *, label: str | None = None) -> Subject:
+    """Open a model by what the user typed, reading headers only.
+
+    Args:
+        typed: a folder, a file, a hub id with an optional `@revision`, an adapter, or a task vector of `surgery extract`.
+        pre: the pre-trained model, which an adapter, a GGUF file or a task vector builds on.
+        label: its name; by default that of the folder or file.
+
+    Raises:
+        SurgeryError: it cannot be read.
+    """
+    path = Path(typed).expanduser()
+    if path.is_file() and path.suffix == ".safetensors" and read_header(path).metadata.get("format") == FORMAT:
+        return _from_delta(path, pre, label or path.stem)
+    source = resolve(typed, companions=True)
+    return _subject(open_checkpoint(source, other=pre), pre, label or Path(source.repo or path.absolute()).name)
+
+
+def open_subjects(pre: str, ft: str, others: Sequence[str] = ()) -> list[Subject]:
+    """The rows of a comparison, opened: pre, ft, and others.
+
+    Args:
+        others: as for `open_subject`; NAME=… gives a row its name.
+
+    Raises:
+        OptionError: two rows have one name.
+        SurgeryError: one cannot be read.
+    """
+    base, (tuned,) = open_both(pre, ft)
+    subjects = [base_subject(base), _subject(tuned, base, "ft")]
+    labels = {"pre", "ft"}
+    for typed in others:
+        name, named, rest = typed.partition("=")
+        named_row = bool(named) and not Path(typed).exists()
+        subject = open_subject(rest if named_row else typed, base, label=name if named_row else None)
+        if subject.label in labels:
+            raise OptionError(f"{typed}: another row is named {subject.label} too. Give it a name: NAME={typed}.")
+        labels.add(subject.label)
+        subjects.append(subject)
+    return subjects
+
+
+def base_subject(pre: Checkpoint, label: str = "pre") -> Subject:
+    """The pre-trained model itself.
+
+    Raises:
+        CheckpointError: it has no config.json.
+    """
+    return Subject(label, pre, beside(pair(pre, pre)))
+
+
+def edited_subject(
+    job: Job, *, label: str | None = None, device: str = "auto", allow_nonfinite: bool = False
+) -> Subject:
+    """The checkpoint that an edit would write.
+
+    Args:
+        label: its name; by default the method's, with its main number.
+    """
+    edited = Edited(job, device, allow_nonfinite)
+
+    def against() -> tuple[float | None, float | None]:
+        totals = report.as_json(edited.totals)
+        return totals["distance_after"], totals["effective_sparsity"]
+
+    return Subject(
+        label or job.method.label(),
+        edited.checkpoint,
+        {**job.copies, **job.changed},
+        job.method.name,
+        json.loads(json.dumps(parameters(job.method))),
+        None,
+        against,
+    )
+
+
+def _subject(checkpoint: Checkpoint, pre: Checkpoint, label: str) -> Subject:
+    both = pair(pre, checkpoint)
+
+    def against() -> tuple[float | None, float | None]:
+        totals = diff.measure(both, diff.comparable(both))["totals"]
+        return totals["distance"], totals["unchanged_share"]
+
+    return Subject(label, checkpoint, beside(both), *_made(checkpoint), against)
+
+
+def _from_delta(path: Path, pre: Checkpoint, label: str) -> Subject:
+    delta = open_delta(path)
+    checkpoint, files = apply.computed(delta, pre)
+    made = delta.document["report"]
+    totals = made["totals"]
+    return Subject(
+        label,
+        checkpoint,
+        files,
+        made["method"],
+        made["parameters"],
+        made["command"],
+        lambda: (totals["distance_after"], totals["effective_sparsity"]),
+    )
+
+
+def _made(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any] | None, list[str] | None]:
+    """The method, its parameters and the command by which surgery made a checkpoint, if it did."""
+    path = checkpoint.folder / REPORT
+    if checkpoint.source.file or not path.is_file():
+        return None, None, None
+    found = read_json(path)
+    settings = found.get("settings")
+    if isinstance(settings, dict):  # of a training
+        return _text(settings.get("optim")), settings, _words(found.get("command"))
+    options = found.get("parameters")
+    return _text(found.get("method")), options if isinstance(options, dict) else None, _words(found.get("command"))
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _words(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(word, str) for word in value) else None
+
+
+def _content(kept: Content) -> bytes:
+    if isinstance(kept, Path):
+        return kept.read_bytes()
+    return kept if isinstance(kept, bytes) else read_bytes(kept)

@@ -1,0 +1,240 @@
+"""Models on one table, against the formulas of the paper on a few literal numbers, and models opened from anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
+from peft import LoraConfig, get_peft_model
+from tiny_model import make_model
+from transformers import AutoModelForCausalLM
+
+from surgery.__main__ import main
+from surgery.compare import Plane, as_csv, compare, document, items_as_csv
+from surgery.errors import CheckpointError, OptionError
+from surgery.evaluate.bench import Bench, Scored
+from surgery.evaluate.cache import Cache
+from surgery.evaluate.scores import Advance, Kind, Scores
+from surgery.evaluate.scoring import Scoring
+from surgery.evaluate.subject import Subject, open_subject, open_subjects
+
+
+@dataclass
+class Fixed:
+    """A measure that was already taken."""
+
+    name: str
+    kind: Kind
+    settings: dict[str, Any]
+
+    def score(self, model: Any, advance: Advance) -> Scores:
+        raise AssertionError("nothing is scored here")
+
+
+def scored(label: str, subject: Subject, **values: tuple[Kind, list[float]]) -> Scored:
+    scores = {name: Scores(kind, np.array(items), np.ones(len(items))) for name, (kind, items) in values.items()}
+    return Scored(Subject(label, subject.checkpoint, {}), label, scores, None, None)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Subject:
+    return open_subjects(*map(str, pair_of(tmp_path)))[0]
+
+
+def pair_of(folder: Path) -> tuple[Path, Path]:
+    """A tiny model that transformers can build, and its fine-tune."""
+    pre = make_model(folder / "pre")
+    ft = make_model(folder / "ft")
+    tensors = fine_tuned(read_checkpoint(pre), scale=0.02)
+    for path in ft.glob("*.safetensors"):
+        path.unlink()
+    write_weights(ft, tensors)
+    return pre, ft
+
+
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_retention_and_forgetting_are_the_papers(base: Subject) -> None:
+    task, one, two = Fixed("task", "share", {}), Fixed("one", "share", {}), Fixed("two", "perplexity", {})
+    pre = scored("pre", base, task=("share", [0, 0, 1, 0]), one=("share", [1, 1, 1, 0]), two=("perplexity", [3.0, 3.2]))
+    ft = scored("ft", base, task=("share", [1, 1, 1, 0]), one=("share", [1, 0, 0, 0]), two=("perplexity", [3.5, 3.5]))
+    other = scored("x", base, task=("share", [1, 0, 1, 0]), one=("share", [1, 1, 0, 0]), two=("perplexity", [3.1, 3.3]))
+    plane = Plane(pre, ft, [task], [one, two])
+    outcome = plane.outcome(other)
+    assert outcome.downstream == pytest.approx(0.5)
+    assert outcome.retention == pytest.approx(0.5 / 0.75)
+    # The accuracy as it is; the perplexity as a share of pre's inverse.
+    assert outcome.average == pytest.approx((0.5 + math.exp(3.1) / math.exp(3.2)) / 2)
+    assert outcome.forgetting == pytest.approx((0.75 + 1) / 2 - (0.5 + math.exp(-0.1)) / 2)
+    assert plane.outcome(pre).forgetting == 0
+    assert plane.outcome(ft).retention == 1
+    low, high = outcome.forgetting_interval or (0, 0)
+    assert low < (outcome.forgetting or 0) < high
+
+
+def test_a_loss_is_kept_by_its_likelihood(base: Subject) -> None:
+    task, general = Fixed("task", "loss", {}), Fixed("general", "share", {})
+    pre = scored("pre", base, task=("loss", [2.0, 2.0]), general=("share", [1, 1]))
+    ft = scored("ft", base, task=("loss", [1.0, 1.2]), general=("share", [1, 0]))
+    outcome = Plane(pre, ft, [task], [general]).outcome(pre)
+    assert outcome.retention == pytest.approx(math.exp(1.1 - 2.0))
+
+
+def test_no_share_of_zero(base: Subject) -> None:
+    task, general = Fixed("task", "share", {}), Fixed("general", "share", {})
+    pre = scored("pre", base, task=("share", [0, 0]), general=("share", [1, 1]))
+    row = document(Plane(pre, pre, [task], [general]), [])["rows"][0]
+    assert row["retention"] is None
+    assert row["retention_low"] is None
+    assert row["forgetting"] == 0
+    assert not row["pareto"]
+
+
+def test_pareto_rows_are_those_that_no_other_beats(base: Subject) -> None:
+    task, general = Fixed("task", "share", {}), Fixed("general", "share", {})
+
+    def at(label: str, right: int, kept: int) -> Scored:
+        return scored(
+            label,
+            base,
+            task=("share", [1.0] * right + [0.0] * (10 - right)),
+            general=("share", [1.0] * kept + [0.0] * (10 - kept)),
+        )
+
+    points = {"a": (10, 3), "b": (9, 6), "c": (9, 5), "d": (5, 6), "e": (4, 9), "f": (4, 9), "g": (3, 3)}
+    models = [at(label, *point) for label, point in points.items()]
+    found = document(Plane(at("pre", 2, 10), at("ft", 10, 2), [task], [general]), models)
+    assert [row["label"] for row in found["rows"] if row["pareto"]] == ["pre", "a", "b", "e", "f"]
+    table = list(csv.DictReader(io.StringIO(as_csv(found).decode())))
+    assert [line["label"] for line in table] == ["pre", "ft", *points]
+    assert float(table[2]["general: value"]) == 0.3
+    items = list(csv.DictReader(io.StringIO(items_as_csv(found).decode())))
+    assert len(items) == 9 * 2 * 10
+    json.dumps(found, allow_nan=False)
+
+
+@dataclass
+class Total:
+    """Reads every parameter: a share for each, so that any difference of weights shows."""
+
+    name: str = "total"
+    kind: Kind = "loss"
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.settings = {"measure": self.name}
+
+    def score(self, model: Any, advance: Advance) -> Scores:
+        self.calls += 1
+        values = [float(value.double().abs().mean()) for value in model.model.state_dict().values()]
+        return Scores("loss", np.array(values), np.ones(len(values)))
+
+
+def parameters_of(folder: Path) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return [float(value.double().abs().mean()) for value in model.state_dict().values()]
+
+
+def test_one_model_in_memory_takes_the_weights_of_all(tmp_path: Path) -> None:
+    pre, ft = pair_of(tmp_path)
+    assert main(["fapm", "--pre", str(pre), "--ft", str(ft), "--sparsity", "0.5", "--out", str(tmp_path / "fapm")]) == 0
+    delta = tmp_path / "delta.safetensors"
+    extracting = ["extract", "--pre", str(pre), "--ft", str(ft), "--method", "fapm", "--sparsity", "0.5"]
+    assert main([*extracting, "--out", str(delta)]) == 0
+    torch.manual_seed(0)
+    lora: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pre), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    lora.save_pretrained(tmp_path / "adapter")
+    lora.merge_and_unload().save_pretrained(tmp_path / "merged")
+    typed = [str(tmp_path / "fapm"), f"task vector={delta}", str(tmp_path / "adapter")]
+    subjects = open_subjects(str(pre), str(ft), typed)
+    assert [subject.label for subject in subjects] == ["pre", "ft", "fapm", "task vector", "adapter"]
+    assert [subject.method for subject in subjects] == [None, None, "fapm", "fapm", None]
+    with Bench([Total()]) as bench:
+        results = [bench.score(subject) for subject in subjects]
+    for result, folder in zip(results, ("pre", "ft", "fapm", "fapm", "merged"), strict=True):
+        found = result.scores["total"].values.tolist()
+        assert found == pytest.approx(parameters_of(tmp_path / folder), rel=1e-6 if folder == "merged" else 0), folder
+    assert results[2].fingerprint == results[3].fingerprint
+    assert len({result.fingerprint for result in results}) == 4
+    report = json.loads((tmp_path / "fapm" / "surgery-report.json").read_text())["totals"]
+    for result in results[2:4]:
+        assert result.distance == pytest.approx(report["distance_after"], rel=1e-6)
+        assert result.effective_sparsity == pytest.approx(report["effective_sparsity"])
+
+
+def test_what_was_scored_is_not_scored_again(tmp_path: Path) -> None:
+    pre, ft = map(str, pair_of(tmp_path))
+    first, second, other = Total(), Total(), Total("another")
+    scoring = Scoring(cache=tmp_path / "cache")
+    found = compare(open_subjects(pre, ft), [first], [], scoring)
+    assert first.calls == 2
+    again = compare(open_subjects(pre, ft), [second], [other], scoring)
+    assert (second.calls, other.calls) == (0, 2)
+    assert again["rows"][1]["scores"]["total"] == found["rows"][1]["scores"]["total"]
+    # Another configuration is another model, whatever the weights.
+    path = Path(ft) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
+    compare(open_subjects(pre, ft), [second], [], scoring)
+    assert second.calls == 1
+
+
+def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
+    cache, scores = (
+        Cache(tmp_path),
+        Scores("share", np.array([1.0, 0.0]), np.ones(2), [{"a": "b"}, {}], {"stderr": 0.5}),
+    )
+    cache.keep({"key": 1}, scores)
+    found = cache.find({"key": 1})
+    assert found is not None
+    assert (found.value, found.items, found.extra) == (0.5, [{"a": "b"}, {}], {"stderr": 0.5})
+    assert cache.find({"key": 2}) is None
+    (path,) = tmp_path.iterdir()
+    for content in (b"", b"[]", path.read_bytes()[:-40], path.read_bytes().replace(b"[1.0, 0.0]", b"[1.0]")):
+        path.write_bytes(content)
+        assert cache.find({"key": 1}) is None
+
+
+def test_rows_need_names_that_differ(tmp_path: Path) -> None:
+    pre, ft = map(str, pair_of(tmp_path))
+    with pytest.raises(OptionError, match="another row is named ft too"):
+        open_subjects(pre, ft, [ft])
+    assert [subject.label for subject in open_subjects(pre, ft, [f"again={ft}"])] == ["pre", "ft", "again"]
+
+
+def test_another_architecture_is_refused_by_headers(tmp_path: Path) -> None:
+    pre, _ = pair_of(tmp_path)
+    other = write_checkpoint(tmp_path / "other", tiny_llama())
+    with pytest.raises(Exception, match="other"):
+        open_subject(str(other), open_subjects(str(pre), str(pre))[0].checkpoint)
+
+
+def test_files_that_change_between_two_readings_are_noticed(tmp_path: Path) -> None:
+    pre, ft = pair_of(tmp_path)
+    subject = open_subjects(str(pre), str(ft))[1]
+    measure = Total()
+
+    class Slow(Cache):  # it is asked between the two
+        def find(self, key: dict[str, Any]) -> Scores | None:
+            write_weights(ft, {name: tensor + 1 for name, tensor in read_checkpoint(ft).items()})
+            return super().find(key)
+
+    with Bench([measure]) as bench:
+        bench.cache = Slow(tmp_path / "cache")
+        with pytest.raises(CheckpointError, match="changed while"):
+            bench.score(subject)
+    assert measure.calls == 0
