@@ -286,7 +286,10 @@ def _before(
     if not path.is_file():
         return {}, []
     try:
-        lines = {line["name"]: line for line in read_json(path)["tensors"]}
+        told = read_json(path)
+        if told.get("method") == "train":  # nothing was edited
+            return {}, []
+        lines = {line["name"]: line for line in told["tensors"]}
         before = dict[str, float]()
         for tensor in tensors:
             name = tensor.ft.name

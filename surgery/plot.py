@@ -37,10 +37,10 @@ CELL, LEFT, LETTER, TALLEST = 0.32, 0.75, 0.062, 11.0
 LONGEST = 60
 
 
-def check_matplotlib() -> None:
-    """Raise OptionError unless pictures can be drawn."""
+def check_matplotlib(option: str = "--plot") -> None:
+    """Raise OptionError unless the pictures that an option asks for can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("--plot needs matplotlib: pip install 'model-surgery[plot]'.")
+        raise OptionError(f"{option} needs matplotlib: pip install 'model-surgery[plot]'.")
 
 
 def render(figure: Figure, kind: str) -> bytes:
@@ -101,7 +101,7 @@ def heat_map(document: dict[str, Any]) -> Figure:
     title = f"‖Δ‖ / ‖W‖ by layer and module: {_models(document)}"
     # All in inches; `top` counts from the lower edge.
     cell = min(max(TALLEST / max(len(values) for *_, values in grids), 0.08), CELL)
-    below = [LETTER * max(map(len, map(_text, columns))) + 0.55 for _, _, columns, _ in grids]
+    below = [LETTER * max(map(len, map(drawable, columns))) + 0.55 for _, _, columns, _ in grids]
     widest = CELL * max(len(columns) for _, _, columns, _ in grids)
     width = LEFT + max(widest + 1.1, 0.08 * len(title))
     heights = [max(cell * len(values), 0.2) for *_, values in grids]
@@ -116,8 +116,8 @@ def heat_map(document: dict[str, Any]) -> Figure:
     for (name, rows, columns, values), tall, names in zip(grids, heights, below, strict=True):
         axes = place_axes(LEFT, top, CELL * len(columns), tall)
         image = _draw(axes, values, scale)
-        axes.set_xticks(range(len(columns)), list(map(_text, columns)), rotation=90, fontsize=7)
-        axes.set_title(_text(name), fontsize=8, loc="left", pad=3)
+        axes.set_xticks(range(len(columns)), list(map(drawable, columns)), rotation=90, fontsize=7)
+        axes.set_title(drawable(name), fontsize=8, loc="left", pad=3)
         _label_rows(axes, rows, cell)
         top -= tall + names
     figure.colorbar(image, cax=scale_axes).ax.tick_params(labelsize=7)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def four_panels(panels: Panels, name: str) -> Figure:
     down, across = panels.block
     reduced = max(down, across) > 1
     cell = f"each cell is the mean of about {down:.3g} × {across:.3g} entries" if reduced else "each cell is an entry"
-    figure.suptitle(f"{_text(name)}, {rows:,} × {columns:,}: {cell}", fontsize=9)
+    figure.suptitle(f"{drawable(name)}, {rows:,} × {columns:,}: {cell}", fontsize=9)
     for position, (axes, (key, values)) in enumerate(zip(figure.subplots(1, 4), panels.cells.items(), strict=True)):
         image = _draw(axes, values, _middle(values), extent=(0, columns, rows, 0))
         axes.set_title(TITLES[key], fontsize=9)
@@ -144,6 +144,12 @@ def four_panels(panels: Panels, name: str) -> Figure:
             axes.set_yticklabels([])
         figure.colorbar(image, ax=axes, extend="both").ax.tick_params(labelsize=7)
     return figure
+
+
+def drawable(name: str, longest: int = LONGEST) -> str:
+    """A name may hold anything: formulas for matplotlib, control characters, a page of text."""
+    shown = "".join(mark if mark.isprintable() else "?" for mark in name)
+    return (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
 
 
 def _together(lines: Sequence[dict[str, Any]]) -> float | None:
@@ -202,11 +208,5 @@ def _label_rows(axes: Axes, rows: Sequence[str], cell: float) -> None:
 
 
 def _models(document: dict[str, Any]) -> str:
-    ft, pre = (_text(document[side]["repo"] or Path(document[side]["folder"]).name) for side in ("ft", "pre"))
+    ft, pre = (drawable(document[side]["repo"] or Path(document[side]["folder"]).name) for side in ("ft", "pre"))
     return f"{ft} against {pre}"
-
-
-def _text(name: str) -> str:
-    """A name may hold anything: formulas for matplotlib, control characters, a page of text."""
-    shown = "".join(mark if mark.isprintable() else "?" for mark in name)
-    return (shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…").replace("$", r"\$")

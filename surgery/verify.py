@@ -14,10 +14,12 @@ from surgery import kernels
 from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.delta import as_words, read_entries
 from surgery.checkpoint.draft import REPORT
-from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.formats import ADAPTER
+from surgery.checkpoint.header import read_header
+from surgery.checkpoint.hub import Source, resolve
 from surgery.checkpoint.json_file import read_json
 from surgery.checkpoint.pair import pair
-from surgery.checkpoint.source import open_both, open_checkpoint
+from surgery.checkpoint.source import open_both, open_checkpoint, weights_of
 from surgery.checkpoint.tensor import BITS, Tensor
 from surgery.engines.chunks import CHUNK
 from surgery.errors import CheckpointError, PairError
@@ -57,15 +59,15 @@ def prepare(folder: Path, pre: str | None, ft: str | None) -> list[Check]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a checkpoint that surgery wrote.")
-    opened = open_checkpoint(resolve(str(folder), companions=False))
-    lines = _lines(opened.folder / REPORT)
-    for name in opened.tensors:
+    source = resolve(str(folder), companions=False)
+    tensors, lines = stored(source), _lines(source.folder / REPORT)
+    for name in tensors:
         if name not in lines:
-            raise CheckpointError(f"{opened.folder}: holds tensor {name}, which its report does not know.")
+            raise CheckpointError(f"{source.folder}: holds tensor {name}, which its report does not know.")
     for name, line in lines.items():
-        tensor = opened.tensors.get(name)
+        tensor = tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{opened.folder}: lacks tensor {name}, which its report lists.")
+            raise CheckpointError(f"{source.folder}: lacks tensor {name}, which its report lists.")
         if [tensor.dtype, *tensor.shape] != [line["dtype"], *line["shape"]]:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, and the report says {line['dtype']} "
@@ -75,7 +77,26 @@ def prepare(folder: Path, pre: str | None, ft: str | None) -> list[Check]:
     if tuned and tuned.keys() != lines.keys():
         odd = next(iter(tuned.keys() ^ lines.keys()))
         raise PairError(f"{ft}: is not what {folder} was made from: tensor {odd} is in one of them only.")
-    return [Check(tensor, lines[name], bases.get(name), tuned.get(name)) for name, tensor in opened.tensors.items()]
+    return [Check(tensor, lines[name], bases.get(name), tuned.get(name)) for name, tensor in tensors.items()]
+
+
+def stored(source: Source) -> dict[str, Tensor]:
+    """The tensors in a checkpoint's own files: of a LoRA adapter, its factors."""
+    choice = weights_of(source)
+    if choice.format == ADAPTER:
+        return read_header(source.folder / choice.files[1]).tensors
+    return open_checkpoint(source).tensors
+
+
+def checksum_of(tensor: Tensor, tick: Tick) -> str:
+    """The checksum of a tensor's bytes."""
+    checksum, size = Checksum(), BITS[tensor.dtype] // 8
+    with tensor.open() as reader:
+        for start in range(0, tensor.entries, CHUNK):
+            raw = read_entries(reader, start, min(CHUNK, tensor.entries - start))
+            checksum.add(start * size, raw)
+            tick(len(raw))
+    return checksum.text()
 
 
 def run(checks: list[Check], *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None) -> None:

@@ -78,3 +78,23 @@ def report(out: Path) -> dict[str, Any]:
 def losses(out: Path, number: int = 0) -> list[float]:
     """Of the steps of a round."""
     return [step["loss"] for step in report(out)["rounds"][number]["steps"]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint in one file."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def left(folder: Path) -> list[str]:
+    """What lies in a folder, hidden or not."""
+    return [path.name for path in folder.iterdir()]
+
+
+def changed(model: Path, out: Path) -> dict[str, int]:
+    """How many entries of each tensor differ in their bits."""
+    before, after = weights(model), weights(out)
+    assert before.keys() == after.keys()
+    view = torch.int32 if before["model.norm.weight"].dtype == torch.float32 else torch.int16
+    return {name: int((before[name].view(view) != after[name].view(view)).sum()) for name in before}

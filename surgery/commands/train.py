@@ -9,7 +9,7 @@ import typer
 from surgery.errors import OptionError
 
 # The options that are no settings of the training.
-OWN = ("config", "force", "resume", "as_json")
+OWN = ("config", "force", "resume", "plot", "as_json")
 TASK, DATA, STEPS, OPTIM, KEEP, OUTPUT = (
     "Task",
     "Data",
@@ -112,6 +112,12 @@ def _train(
             "--gradient-checkpointing", help="Compute activations twice, to keep fewer.", rich_help_panel=STEPS
         ),
     ] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option(
+            "--fsdp", help="Share the weights out over the processes of torchrun (FSDP2).", rich_help_panel=STEPS
+        ),
+    ] = False,
     dtype: Annotated[
         str,
         typer.Option(
@@ -200,6 +206,15 @@ def _train(
         bool, typer.Option("--force", help="Replace a checkpoint that is at --out.", rich_help_panel=OUTPUT)
     ] = False,
     log: Annotated[str, typer.Option(help="none, tensorboard or wandb.", rich_help_panel=OUTPUT)] = "none",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With several --data: draw the tasks' scores after each round to FILE.png or FILE.svg. Needs matplotlib.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Fine-tune a model with MoFO, half fine-tuning (HFT) or the papers' baselines; the result is an ordinary checkpoint.
@@ -208,6 +223,9 @@ def _train(
     answer, text, or for dpo prompt, chosen and rejected; the first record decides. Defaults are the papers'. The result has the
     model's dtype, tokenizer and configuration. Needs pip install 'model-surgery\\[train]'.
     """
+    from contextlib import ExitStack
+
+    from surgery.outfile import OutFile
     from surgery.train.display import Screen
     from surgery.train.run import Observer, train
     from surgery.train.settings import Settings, read_config
@@ -220,7 +238,15 @@ def _train(
         if not values[key]:
             raise OptionError(f"--{key} is missing. Give it here or in --config.")
     settings = Settings(**values | {"data": tuple(values["data"])})
-    with Screen(quiet=as_json) as screen:
+    if plot is not None:
+        from surgery.plot import ENDINGS, check_matplotlib, render
+
+        if not settings.multi:
+            raise OptionError("--plot draws the scores of several tasks: give more than one --data, or leave it out.")
+        check_matplotlib()
+    with ExitStack() as places:
+        screen = places.enter_context(Screen(quiet=as_json))
+        picture = places.enter_context(OutFile(plot, ENDINGS, "--plot")) if plot and screen.leads else None
         report = train(
             settings,
             force=force,
@@ -228,4 +254,10 @@ def _train(
             command=["surgery", *sys.argv[1:]],
             observer=Observer(screen.say, screen.step),
         )
+        if picture is not None:
+            from surgery.plot_continual import heat_map
+
+            picture.write(render(heat_map(report), picture.path.suffix.lower()[1:]))
     screen.show(report, settings.out)
+    if picture is not None:
+        screen.say(f"Wrote {picture.path}")

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from surgery.train.sharding import like
+
 
 class Anchor:
     """θ0 and the strength of each pull towards it.
@@ -32,8 +34,7 @@ class Anchor:
     def _trained(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                if self.start[name].device != parameter.device:
-                    self.start[name] = self.start[name].to(parameter.device)
+                self.start[name] = like(self.start[name], parameter)
                 yield parameter, self.start[name]
 
     @torch.no_grad()

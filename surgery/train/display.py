@@ -26,7 +26,7 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet, self.mute = quiet, os.environ.get("RANK", "0") != "0"
+        self.quiet, self.leads = quiet, os.environ.get("RANK", "0") == "0"
         columns = (
             TextColumn("{task.description}"),
             BarColumn(None),
@@ -34,7 +34,7 @@ class Screen:
             TextColumn("{task.fields[says]}"),
             TimeRemainingColumn(compact=True),
         )
-        silent = self.mute or not sys.stderr.isatty()
+        silent = not self.leads or not sys.stderr.isatty()
         self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=silent)
         self.round, self.begun = 0, (0.0, 0.0)
 
@@ -49,7 +49,7 @@ class Screen:
 
     def say(self, sentence: str) -> None:
         """Print a line; on standard error where standard output is for JSON."""
-        if self.mute:
+        if not self.leads:
             return
         line = display.readable(sentence)
         if self.bar.disable:
@@ -73,7 +73,7 @@ class Screen:
 
     def show(self, report: dict[str, Any], out: Path) -> None:
         """Print what a run did and where its output is."""
-        if self.mute:
+        if not self.leads:
             return
         if self.quiet:
             sys.stdout.buffer.write(dumps(report))
@@ -99,11 +99,10 @@ class Screen:
         frozen = report["rounds"][-1]["frozen"]
         if frozen:
             console.print(f"Frozen in the last round: {display.percent(frozen['share'])} of all entries.")
-        console.print(
-            f"D from the start: {report['distance']:.3g}; entries that changed: {display.percent(report['touched'])}"
-            if report["distance"] is not None
-            else "There is nothing to compare with the start."
-        )
+        totals = report["totals"]
+        far = "–" if totals["distance_after"] is None else f"{totals['distance_after']:.3g}"
+        changed = display.percent(totals["differ"] / totals["entries"])
+        console.print(f"D from the start: {far}; entries that changed: {changed}")
         console.print(f"Wrote {out}", soft_wrap=True)
 
     def _show_continual(self, console: Console, report: dict[str, Any]) -> None:

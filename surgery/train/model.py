@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,18 +103,27 @@ def load_tokenizer(folder: Path, *, chat: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def stored_types(checkpoint: Checkpoint, dtype: str | None) -> Callable[[str], torch.dtype]:
+    """What each parameter is written in, by its name: `dtype`, or where that is None what it is stored in now."""
+    stored = {tensor.name: DTYPES[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.is_float}
+    most = main_dtype(checkpoint.tensors.values())
+    return lambda name: getattr(torch, dtype) if dtype else stored.get(name, most)
+
+
+def cast(model: PreTrainedModel, dtypes: Callable[[str], torch.dtype]) -> None:
+    """Cast the parameters in place; buffers stay as they are."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes(name))
+
+
 def save_model(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
     """Write a complete checkpoint: the model's weights, and every other file as the start model has it.
 
     Args:
-        model: trained; its weights are cast in place.
+        model: trained, its weights in the types to write.
         checkpoint: the start model.
-        dtype: of the weights; None for what each tensor is stored in there.
+        dtype: what all of them have, for config.json; None for that of the start model.
     """
-    stored = {tensor.name: DTYPES[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.is_float}
-    most = main_dtype(checkpoint.tensors.values())
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype) if dtype else stored.get(name, most))
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("model"):

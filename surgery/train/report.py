@@ -1,20 +1,32 @@
-"""What a training did: surgery-train.json, surgery-train.yaml (for --config) and the model card."""
+"""What a training did: surgery-report.json, as every command writes it, surgery-train.yaml (for --config) and the model card."""
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from surgery import diff
+from surgery import diff, kernels
+from surgery.actions import Keep
+from surgery.checkpoint.checksum import Checksum
+from surgery.checkpoint.draft import REPORT
+from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.pair import Item
 from surgery.checkpoint.source import Checkpoint
-from surgery.report import dumps, provenance, versions
+from surgery.engines.chunks import Chunks, Sides
+from surgery.engines.plan import Step
+from surgery.engines.results import Result
+from surgery.layout import place
+from surgery.report import as_json, by_category, describe, dumps, provenance, summarize, versions
+from surgery.stream import Tick, stream, workers
 from surgery.train.settings import Settings
+from surgery.verify import checksum_of, stored
 
-REPORT, SETTINGS = "surgery-train.json", "surgery-train.yaml"
+SETTINGS = "surgery-train.yaml"
 LIBRARIES = ("transformers", "trl", "accelerate", "datasets", "peft")
 
 
@@ -28,22 +40,75 @@ def document(
 ) -> dict[str, Any]:
     """The report, with the distance from the start model measured on what was written.
 
+    Its `pre` is the start model, from which `distance_before` is 0; there is no `ft`. Of a LoRA adapter, totals and categories
+    tell of the model that it makes, and the lines of `tensors` of its own.
+
     Args:
         losses: [round][task] of held-out answers after each round; empty where there is one round.
         result: the folder that becomes the output.
     """
     both = diff.prepare(str(checkpoint.folder), str(result))
-    totals = diff.measure(both, diff.comparable(both))["totals"]
+    lines = _measured(both.items)
+    own = lines
+    if settings.keep_adapter:
+        tensors = stored(resolve(str(result), companions=False)).values()
+        own = _measured([Item(tensor, None, place(tensor.name)) for tensor in tensors])
     return {
+        "method": "train",
         "command": list(command),
-        "model": provenance(checkpoint),
-        "settings": settings.as_json(),
+        "pre": provenance(checkpoint),
+        "ft": None,
+        "output": settings.out.name,
         "versions": versions() | {name: version(name) for name in LIBRARIES},
+        "notes": both.notes,
+        "settings": settings.as_json(),
         "rounds": rounds,
         "continual": continual(losses) if losses else None,
-        "distance": totals["distance"],
-        "touched": None if totals["unchanged_share"] is None else 1 - totals["unchanged_share"],
+        "totals": as_json(summarize(lines)),
+        "categories": {name: as_json(group) for name, group in by_category(lines).items()},
+        "tensors": own,
     }
+
+
+def _measured(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """A line of the report for each tensor; its action is "trained", or "unchanged" where every value is the start's."""
+    found = dict[str, Result]()
+
+    def work(tick: Tick) -> Callable[[Item], None]:
+        chunks = Chunks(tick)
+
+        def one(item: Item) -> None:
+            found[item.ft.name] = _result(item, chunks)
+
+        return one
+
+    stream(sorted(items, key=lambda item: -item.ft.nbytes), work, workers(None), lambda _: None)
+    lines = []
+    for item in items:
+        line = describe(Step(item.ft, item.pre, item.place, Keep()), found[item.ft.name])
+        lines.append(line | {"action": "unchanged" if line["differ"] == 0 else "trained"})
+    return lines
+
+
+def _result(item: Item, chunks: Chunks) -> Result:
+    """The checksum of a tensor, and where it has a base how far it went from there."""
+    pre, ft = item.pre, item.ft
+    if pre is None or not ft.is_float:
+        return Result(checksum=checksum_of(ft, chunks.tick))
+    checksum, parts = Checksum(), []
+    with pre.open() as base, ft.open() as tuned:
+        for start, old, new in chunks.read(Sides(pre, ft, base, tuned)):
+            checksum.add(start * new.itemsize, new)
+            parts.append(kernels.distance(pre.dtype, old, ft.dtype, new))
+    moved, weight = math.fsum(part.delta2 for part in parts), math.fsum(part.weight2 for part in parts)
+    return Result(
+        differ=sum(part.differ for part in parts),
+        before2=0.0,
+        after2=moved,
+        weight2=weight,
+        nonfinite=not math.isfinite(moved + weight),
+        checksum=checksum.text(),
+    )
 
 
 def continual(losses: list[list[float]]) -> dict[str, Any]:
@@ -74,7 +139,7 @@ def write(found: dict[str, Any], settings: Settings, result: Path) -> None:
 
 def _card(found: dict[str, Any], settings: Settings) -> str:
     """A model card with its base model, what was done, and the command that did it."""
-    model = found["model"]
+    model, totals = found["pre"], found["totals"]
     base = json.dumps(model["repo"] or Path(model["folder"]).name)
     relation = "adapter" if settings.keep_adapter else "finetune"
     header = ["---", f"base_model: {base}", f"base_model_relation: {relation}"]
@@ -88,15 +153,15 @@ def _card(found: dict[str, Any], settings: Settings) -> str:
         "",
         f"- loss: {steps[0]['loss']:.4g} in the first step, {steps[-1]['loss']:.4g} in the last",
     ]
-    if found["distance"] is not None:
-        body.append(f"- distance from the start (mean of ‖θ − θ0‖ / ‖θ0‖ over tensors): {found['distance']:.4g}")
+    if totals["distance_after"] is not None:
+        body.append(f"- distance from the start (mean of ‖θ − θ0‖ / ‖θ0‖ over tensors): {totals['distance_after']:.4g}")
     body += [
         "",
         "```",
         shlex.join(found["command"]),
         "```",
         "",
-        f"Settings are in `{SETTINGS}`, every step in `{REPORT}`.",
+        f"Settings are in `{SETTINGS}`, every step and every tensor in `{REPORT}`.",
         "",
     ]
     return "\n".join(header + body)

@@ -16,6 +16,7 @@ from surgery.errors import OptionError, SurgeryError
 from surgery.records import local
 from surgery.rows import Data, Row, read
 from surgery.train.data import hold_out, replayed
+from surgery.train.processes import find
 from surgery.train.settings import Settings
 from surgery.train.work import STATE, Work
 
@@ -65,22 +66,15 @@ def train(
         command: what the user typed, for the report.
 
     Returns:
-        What `surgery-train.json` holds.
+        What `surgery-report.json` holds.
 
     Raises:
         SurgeryError: anything that the user can mend.
     """
     _check_libraries(settings)
-    import torch
-
     from surgery.train.model import load_tokenizer, open_model
 
-    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if processes == 1 and torch.cuda.device_count() > 1:
-        raise OptionError(
-            "This machine has several GPUs, and one process uses one: start with `torchrun --nproc-per-node N -m surgery train "
-            "…`, or choose one with CUDA_VISIBLE_DEVICES."
-        )
+    processes, rank = find(fsdp=settings.fsdp)
     settings.parts(processes)
     files = [path for name in (*settings.data, settings.replay) if name and (path := local(name))]
     checkpoint = open_model(settings.model)
@@ -246,7 +240,10 @@ class _Run:
         if state.global_step < state.max_steps:
             trainer.train(resume_from_checkpoint=str(saved))
         else:  # the trainer would take one step more
-            trainer._load_from_checkpoint(str(saved))
+            if self.settings.fsdp:  # shares the weights out, then loads
+                trainer._prepare_for_training(state.max_steps, trainer.get_train_dataloader(), str(saved))
+            else:
+                trainer._load_from_checkpoint(str(saved))
             trainer.state = state
 
     def _freeze(self, model: PreTrainedModel, seed: int) -> dict[str, Any] | None:
@@ -263,9 +260,13 @@ class _Run:
         """Write what a round made; returns the model for the next."""
         import gc
 
-        from surgery.train.model import save_adapter, save_model
+        import torch
+
+        from surgery.train.model import cast, save_adapter, save_model, stored_types
 
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if self.settings.fsdp:
+            model = self._whole(model)
         last = number == len(self.rounds)
         if self.settings.keep_adapter:
             if self.work.leader:
@@ -274,10 +275,26 @@ class _Run:
         if self.settings.lora is not None:
             model = model.merge_and_unload()
         folder = self.work.result if last else self.work.result / f"round-{number}"
+        cast(model, stored_types(self.checkpoint, self.settings.save_dtype))
         if self.work.leader:
             save_model(model, self.checkpoint, folder, self.settings.save_dtype)
+        if not last:  # the next round goes on from what was written
+            cast(model, lambda _: getattr(torch, self.settings.dtype))
         gc.collect()  # the trainer's circles of references hold optimizer state
         return model  # type: ignore[no-any-return]
+
+    def _whole(self, model: Any) -> Any:
+        """The model of weights that were shared out over processes, on each of them."""
+        from surgery.train import sharding
+        from surgery.train.model import load_model
+        from surgery.train.trainer import lora
+
+        whole: Any = load_model(self.checkpoint, self.settings.dtype)
+        if self.settings.lora is not None:
+            from peft import get_peft_model
+
+            whole = get_peft_model(whole, lora(self.settings))
+        return sharding.gather(model, whole)
 
 
 def _round(settings: Settings, name: str, observer: Observer) -> Round:

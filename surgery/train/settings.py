@@ -39,6 +39,7 @@ class Settings:
         batch_size: sequences in a step, over all processes and accumulation.
         accumulation: parts that a step's batch goes through the model in, on each process.
         warmup: steps, or below 1 the share of all steps.
+        fsdp: the weights are shared out over the processes.
         dtype: what the weights are held in while they are trained.
         save_dtype: what they are written in; None for what each tensor of the model is stored in.
         hft: the share of tensors that is frozen; None trains all, but for optim "hft".
@@ -67,6 +68,7 @@ class Settings:
     dtype: str = "float32"
     save_dtype: str | None = None
     gradient_checkpointing: bool = False
+    fsdp: bool = False
     seed: int = 0
     eval_split: float | None = None
     save_every: int | None = None
@@ -122,6 +124,8 @@ class Settings:
             raise OptionError(
                 "--lora trains no weight of the model itself, so --hft, --optim hft, --l1, --l2 and --mixout do not go with it."
             )
+        if self.fsdp and self.mixout:
+            raise OptionError("--mixout needs whole weights in each process, so it does not go with --fsdp.")
         if self.keep_adapter and self.multi:
             raise OptionError("--keep-adapter goes with one --data: each round would need the adapters before it.")
         if self.task == "dpo":

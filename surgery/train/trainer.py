@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from surgery.errors import OptionError
 from surgery.rows import Row
+from surgery.train import sharding
 from surgery.train.anchor import Anchor
 from surgery.train.settings import Settings
 
@@ -128,10 +129,14 @@ def build(
         seed: of the order of the rows.
 
     Raises:
-        OptionError: no row is short enough to learn from.
+        OptionError: no row is short enough to learn from, or there is a token that the model does not have.
     """
     from datasets import Dataset
 
+    embedding: Any = model.get_input_embeddings()
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding >= embedding.num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do that the model has
     at_once, parts = settings.parts(processes)
     accelerated = torch.cuda.is_available()
     options: dict[str, Any] = {
@@ -162,6 +167,8 @@ def build(
         "disable_tqdm": True,
         "dataloader_pin_memory": accelerated,
         "ddp_find_unused_parameters": False,
+        "log_level_replica": "error",  # the first process says what there is to say
+        **(sharding.OPTIONS if settings.fsdp else {}),
     }
     common: dict[str, Any] = {
         "model": model,
@@ -169,16 +176,23 @@ def build(
         "eval_dataset": Dataset.from_list(held_out) if held_out else None,
         "processing_class": tokenizer,
         "callbacks": [Watch(advance)],
-        "peft_config": _lora(settings),
+        "peft_config": lora(settings),
         "anchor": anchor,
     }
-    trainer: Sft | Dpo
+    only = None if settings.completion_only else False
+    config: Any
     if settings.task == "dpo":
-        trainer = Dpo(args=DPOConfig(**options, beta=settings.beta), ref_model=reference, **common)
+        config = DPOConfig(**options, beta=settings.beta)
     else:
-        only = None if settings.completion_only else False
         config = SFTConfig(**options, packing=settings.packing, eval_packing=False, completion_only_loss=only)
-        trainer = Sft(args=config, **common)
+    if settings.fsdp:
+        sharding.allow_on_cpu()
+    trainer: Sft | Dpo = (
+        Dpo(args=config, ref_model=reference, **common) if settings.task == "dpo" else Sft(args=config, **common)
+    )
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        if dataset is not None:
+            _check_tokens(dataset, tokenizer, embedding.num_embeddings)
     trainer.optimizer_cls_and_kwargs = optimizer(settings)  # which DPOTrainer does not take as an argument
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -199,7 +213,7 @@ def optimizer(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str
     return torch.optim.AdamW, {"lr": settings.rate, "fused": True}
 
 
-def _lora(settings: Settings) -> Any:
+def lora(settings: Settings) -> Any:
     """LoRA on every linear layer of the blocks, scaled by α / r = 2."""
     if settings.lora is None:
         return None
@@ -218,4 +232,18 @@ def _check_left(dataset: Any, args: Any) -> None:
     if not len(dataset):
         raise OptionError(
             f"No row is left to learn from: every prompt alone fills --seq-len {args.max_length}. Raise it."
+        )
+
+
+def _check_tokens(dataset: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raise OptionError where the tokenizer is not the model's, whose embedding has so many rows."""
+    columns = [
+        name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names
+    ]
+    largest = max((max(row[name], default=-1) for row in dataset for name in columns), default=-1)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise OptionError(
+            f"The data holds the token {token!r}, number {largest:,}, and the model's embedding has {rows:,} rows, from 0. Use "
+            "the tokenizer that belongs to the model, or give the embedding more rows."
         )

@@ -16,8 +16,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
-from tiny_model import END, ids, losses, make_model, questions, report, surgery_train, write
+from safetensors.torch import save_file
+from tiny_model import (
+    END,
+    changed,
+    ids,
+    left,
+    losses,
+    make_model,
+    questions,
+    report,
+    surgery_train,
+    weights,
+    write,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.__main__ import main
@@ -50,23 +62,6 @@ def model(base: Path) -> Path:
 @pytest.fixture(scope="module")
 def data(base: Path) -> Path:
     return questions(base / "data.jsonl")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def left(folder: Path) -> list[str]:
-    """What lies in a folder, hidden or not."""
-    return [path.name for path in folder.iterdir()]
-
-
-def changed(model: Path, out: Path) -> dict[str, int]:
-    """How many entries of each tensor differ in their bits."""
-    before, after = weights(model), weights(out)
-    assert before.keys() == after.keys()
-    view = torch.int32 if before["model.norm.weight"].dtype == torch.float32 else torch.int16
-    return {name: int((before[name].view(view) != after[name].view(view)).sum()) for name in before}
 
 
 def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,6 +137,7 @@ def test_losses_go_down_and_the_result_is_an_ordinary_checkpoint(
         assert main(["fapm", "--pre", str(model), "--ft", str(out), "--out", str(tmp_path / "edited")]) == 0
         names = {path.name for path in (tmp_path / "edited").iterdir()}
         assert not {name for name in names if name.startswith("surgery-train")}
+        assert report(tmp_path / "edited")["method"] == "fapm"
         assert main(["diff", "--pre", str(model), "--ft", str(out)]) == 0
         assert "damaged" not in capsys.readouterr().out
 
@@ -167,9 +163,9 @@ def test_the_distance_and_the_share_that_changed_are_those_of_the_files(
     before, after = weights(model), weights(tmp_path / "out")
     ratios = [float((after[name] - before[name]).norm() / before[name].norm()) for name in before]
     found = report(tmp_path / "out")
-    assert found["distance"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert found["totals"]["distance_after"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
     counts = changed(model, tmp_path / "out")
-    assert found["touched"] == pytest.approx(sum(counts.values()) / sum(map(torch.numel, before.values())))
+    assert found["totals"]["differ"] == sum(counts.values())
 
 
 def test_mofo_changes_alpha_of_each_tensor_where_the_gradient_is_largest(
@@ -535,6 +531,8 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_state(
         (("--lora", "4", "--l2", "1"), "do not go with it"),
         (("--seq-len", "3"), "every prompt alone fills --seq-len 3"),
         (("--task", "dpo"), "known are prompt, chosen, rejected"),
+        (("--plot", "scores.png"), "--plot draws the scores of several tasks"),
+        (("--plot", "scores.pdf", "--data", "missing.jsonl"), "the name must end in .png or .svg"),
         (("--log", "tensorboard"), "--log tensorboard needs it installed"),
     ],
 )
@@ -577,8 +575,6 @@ def test_an_output_is_not_overwritten_and_a_model_that_cannot_be_trained_is_refu
     assert "model.safetensors" in capsys.readouterr().err
     tensors = weights(model)
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    from safetensors.torch import save_file
-
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     assert surgery_train(broken, data, tmp_path / "out") == 1
     assert "lacks model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err

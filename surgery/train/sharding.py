@@ -1,0 +1,52 @@
+"""Training with the weights shared out over processes: FSDP2, by accelerate's own plugin (`--fsdp`).
+
+Each process holds a part of every tensor, of its gradient and of the optimizer's state, and a layer is put together only while it
+computes. MoFO filters the whole logical tensor all the same (`surgery.optim`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What the trainer is told. Its states hold whole tensors, as those of one process do.
+OPTIONS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+
+
+def allow_on_cpu() -> None:
+    """Let accelerate share out weights over CPUs too: to call between the trainer's arguments and the trainer.
+
+    accelerate knows FSDP on accelerators only. Elsewhere it would go on with whole copies and not say so.
+    """
+    if not torch.accelerator.is_available():
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor that every process has, on the parameter's device and shared out as the parameter is."""
+    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
+        return whole.to(parameter.device)
+    moved = whole.to(parameter.device)
+    return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def gather(model: nn.Module, into: PreTrainedModel) -> PreTrainedModel:
+    """Put the tensors together, one after the other, in another model of the same kind; every process must call it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # an evaluation leaves some of them together
+    places = dict(into.named_parameters())
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        places[name].copy_(whole)
+    return into
