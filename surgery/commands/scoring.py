@@ -39,6 +39,14 @@ OPTIONS: dict[str, Any] = {
         int | None,
         typer.Option(help="The first so many items of each.", show_default="all", rich_help_panel=SCORES),
     ],
+    "prompt_field": Annotated[
+        str | None,
+        typer.Option(help="Field that holds the question.", show_default="by the names", rich_help_panel=SCORES),
+    ],
+    "completion_field": Annotated[
+        str | None,
+        typer.Option(help="Field that holds the answer.", show_default="by the names", rich_help_panel=SCORES),
+    ],
     "seq_len": Annotated[int, typer.Option(help="Tokens in a window of plain text.", rich_help_panel=SCORES)],
     "max_new_tokens": Annotated[int, typer.Option(help="Tokens of a generated answer.", rich_help_panel=SCORES)],
     "batch_size": Annotated[int, typer.Option(help="Sequences in one forward pass.", rich_help_panel=WORK)],

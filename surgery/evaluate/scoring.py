@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError
 
@@ -23,6 +23,7 @@ class Scoring:
         general: general ability, likewise.
         metric: of the tasks that are files, where their fields allow several; see `surgery.evaluate.measures`.
         limit: items of each measure at most, the first ones.
+        prompt_field, completion_field: of records with other names for them.
         seq_len: tokens of a window of text.
         max_new_tokens: of a generated answer.
         batch_size: sequences in one forward pass.
@@ -34,6 +35,8 @@ class Scoring:
     general: Sequence[str] = ()
     metric: str | None = None
     limit: int | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
     seq_len: int = 512
     max_new_tokens: int = 256
     batch_size: int = 8
@@ -52,11 +55,15 @@ class Scoring:
         for name, specs in (("task", self.task), ("general", self.general)):
             if not specs:
                 raise OptionError(f"--{name} is missing. Give a file, or a task of lm-evaluation-harness.")
-        if self.limit is not None and self.limit < 1:
-            raise OptionError(f"--limit must be 1 or more, not {self.limit}.")
-        lengths = {"limit": self.limit, "seq_len": self.seq_len, "max_new_tokens": self.max_new_tokens}
-        task = find_measures(self.task, metric=self.metric, **lengths)
-        return task, find_measures(self.general, **lengths)
+        options: dict[str, Any] = {
+            "limit": self.limit,
+            "seq_len": self.seq_len,
+            "max_new_tokens": self.max_new_tokens,
+            "prompt_field": self.prompt_field,
+            "completion_field": self.completion_field,
+        }
+        task = find_measures(self.task, metric=self.metric, **options)
+        return task, find_measures(self.general, taken=[measure.name for measure in task], **options)
 
     def bench(self, measures: Sequence[Measure], observe: Observe = lambda *_: None) -> Bench:
         """Where models are scored on these measures.
