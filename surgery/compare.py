@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from surgery.evaluate.scores import Floats, Measure, against, limits
 from surgery.evaluate.scoring import Scoring
 from surgery.evaluate.subject import Subject
 
+STOPPED = "It was stopped: only the models that were done by then are here."
 COLUMNS = (
     *("label", "checkpoint", "method", "fingerprint", "downstream", "retention", "retention_low", "retention_high"),
     *("average", "forgetting", "forgetting_low", "forgetting_high", "distance", "effective_sparsity", "pareto"),
@@ -113,8 +113,6 @@ def compare(
     general: Sequence[Measure],
     scoring: Scoring,
     *,
-    further: Iterable[Subject] = (),
-    kind: str = "compare",
     command: Sequence[str] = (),
     observe: Observe = lambda *_: None,
 ) -> dict[str, Any]:
@@ -123,8 +121,6 @@ def compare(
     Args:
         subjects: pre, ft, and others, with labels that differ.
         tasks, general: as `scoring` makes them.
-        further: more of them, made while the first are scored.
-        kind: "compare" or "sweep".
         command: what the user typed.
         observe: told of the progress.
 
@@ -138,13 +134,14 @@ def compare(
     begun, done, stopped = time.monotonic(), list[Scored](), False
     with scoring.bench([*tasks, *general], observe) as bench:
         try:
-            done += map(bench.score, itertools.chain(subjects, further))
+            done += map(bench.score, subjects)
         except KeyboardInterrupt:
             if len(done) < 2:
                 raise
             stopped = True
     plane = Plane(done[0], done[1], tasks, general)
-    found = document(plane, done[2:], kind=kind, command=command, seconds=time.monotonic() - begun)
+    notes = [STOPPED] if stopped else []
+    found = document(plane, done[2:], command=command, notes=notes, seconds=time.monotonic() - begun)
     return found | {"stopped": stopped}
 
 

@@ -77,8 +77,7 @@ def show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> 
         "± half of a 95% interval, bootstrapped over items.  ≈ a paired test cannot tell it from ft's (p > 0.05)."
     )
     print_notes(console, document["notes"])
-    done = f"{len(document['rows'])} models in {document['seconds']:.0f} s"
-    console.print(f"Stopped after {done}: those that were done are shown." if document.get("stopped") else done)
+    console.print(f"{len(document['rows'])} models in {document['seconds']:.0f} s")
     for line in written:
         console.print(line, soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -124,8 +125,9 @@ def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """What ran: surgery, Python and the libraries that are installed, none of which is imported for this."""
+    """What ran: surgery, Python and the libraries that are installed, none of which is imported for this. Not to be changed."""
     found = {"surgery": __version__, "python": platform.python_version()}
     for name in ("torch", "numpy", "safetensors", "huggingface-hub"):
         try:

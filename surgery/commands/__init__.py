@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from surgery import __version__
-from surgery.commands import compare, delta, demo, diff, edit, train, wanda
+from surgery.commands import compare, delta, demo, diff, edit, sweep, train, wanda
 
 app = typer.Typer(
     name="surgery",
@@ -40,5 +40,6 @@ edit.register(app)
 wanda.register(app)
 delta.register(app)
 compare.register(app)
+sweep.register(app)
 demo.register(app)
 train.register(app)

@@ -69,8 +69,11 @@ Workers = Annotated[int | None, typer.Option(help="Threads.", show_default="one 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
+    from surgery.commands.auto import auto_sparsity, optimizing
+
+    searching: dict[str, Any] = {"fapm": auto_sparsity, "magnitude": auto_sparsity, "hma": optimizing}
     for name, make_method in MAKERS.items():
-        app.command(name)(edit_command(make_method))
+        app.command(name)(searching.get(name, edit_command)(make_method))
 
 
 def _fapm(
@@ -205,7 +208,8 @@ def make_scope(scope: str, rest: str, include: list[str] | None, exclude: list[s
 
 def _edit(
     method: "Method",
-    complete: "Callable[[Job, str, bool], Job] | None",
+    complete: "Callable[..., Job] | None",
+    label: str | None,
     pre: Pre,
     ft: Tuned,
     out: Annotated[
@@ -228,9 +232,9 @@ def _edit(
     from surgery.job import prepare
 
     check_machine(device, workers)
-    job = prepare(pre, ft, method, out=out, force=force, strict=strict, max_shard_size=max_shard_size)
+    job = prepare(pre, ft, method, out=out, force=force, strict=strict, max_shard_size=max_shard_size, label=label)
     if complete is not None:
-        job = complete(job, device, dry_run)
+        job = complete(job, device, dry_run, allow_nonfinite=allow_nonfinite)
     if dry_run:
         display.show_plan(job, as_json=as_json)
         return
@@ -250,21 +254,26 @@ def _edit(
 
 
 def edit_command(
-    make_method: "Callable[..., Method]", complete: "Callable[..., Job] | None" = None
+    make_method: "Callable[..., Method]",
+    complete: "Callable[..., Job] | None" = None,
+    label: "Callable[..., str | None]" = lambda **_: None,
 ) -> Callable[..., None]:
     """A command whose options are a method's own and, around them, those of every edit.
 
     Args:
         make_method: makes the method from its own options.
-        complete: takes the checked job, the device, whether it is a dry run, and those options; returns the job to run.
+        complete: takes the checked job, the device, whether it is a dry run, allow_nonfinite, and those options; returns the job
+            to run.
+        label: takes those options; see `surgery.job.prepare`.
     """
     own = inspect.signature(make_method).parameters
     common = dict(inspect.signature(_edit).parameters)
-    del common["method"], common["complete"]
+    del common["method"], common["complete"], common["label"]
 
     def command(**values: Any) -> None:
         options = {name: values.pop(name) for name in own}
-        _edit(make_method(**options), partial(complete, **options) if complete else None, **values)
+        completing = partial(complete, **options) if complete else None
+        _edit(make_method(**options), completing, label(**options), **values)
 
     inputs = [common.pop("pre"), common.pop("ft")]
     parameters = [

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.commands.edit import Exclude, Include, Rest, ScopeName, Sparsity, edit_command, make_scope
+from surgery.commands.auto import auto_sparsity
+from surgery.commands.edit import Exclude, Include, Rest, ScopeName, Sparsity, make_scope
 
 if TYPE_CHECKING:
     from surgery.job import Job
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("wanda")(edit_command(_wanda, _complete))
+    app.command("wanda")(auto_sparsity(_wanda, _complete))
 
 
 def _wanda(
