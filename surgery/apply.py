@@ -25,7 +25,7 @@ from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
 from surgery.checkpoint.tensor import BITS, Span, Tensor, read_bytes
 from surgery.computed import Computed, Sink
-from surgery.edit import documents
+from surgery.editing import documents
 from surgery.engines.chunks import CHUNK
 from surgery.errors import CheckpointError, PairError
 from surgery.kernels import Array

@@ -23,7 +23,7 @@ from surgery.errors import OptionError
 from surgery.grid import coarse_to_fine
 
 if TYPE_CHECKING:
-    from surgery.compare import Outcome
+    from surgery.comparison import Outcome
 
 FIRST = 5  # settings that are scored before it is decided how to go on
 TURN = 0.1

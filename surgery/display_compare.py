@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from surgery.display import new_console, new_table, percent, print_notes, readab
 from surgery.report import dumps
 
 if TYPE_CHECKING:
-    from surgery.evaluate.bench import Observe
+    from surgery.evaluation.bench import Observe
 
 # A paired test calls a score another one than ft's below this p.
 DIFFERENT = 0.05
@@ -69,6 +70,19 @@ def show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> 
         sys.stdout.flush()
         return
     console = new_console()
+    _print(console, document)
+    for line in written:
+        console.print(line, soft_wrap=True)
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """A comparison as plain text, 80 columns wide."""
+    text = io.StringIO()
+    _print(Console(file=text, width=80, highlight=False, markup=False, emoji=False, color_system=None), document)
+    return text.getvalue()
+
+
+def _print(console: Console, document: dict[str, Any]) -> None:
     console.print(_outcome(document))
     console.print("◆ no other keeps more and forgets less.  * best of its column, pre and ft aside.")
     for table in _scores(document, console.width):
@@ -78,8 +92,6 @@ def show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> 
     )
     print_notes(console, document["notes"])
     console.print(f"{len(document['rows'])} models in {document['seconds']:.0f} s")
-    for line in written:
-        console.print(line, soft_wrap=True)
 
 
 def _outcome(document: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""An edit that is carried out while its result is read: the checkpoint that `surgery.edit.run` would write, without the files."""
+"""An edit that is carried out while its result is read: the checkpoint that `surgery.editing.run` would write, with no files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgery import report
 from surgery.checkpoint.source import Checkpoint
 from surgery.checkpoint.tensor import Tensor
 from surgery.computed import Computed, Sink
-from surgery.edit import Engine, engines
+from surgery.editing import Engine, engines
 from surgery.engines.plan import Step
 from surgery.engines.results import Result
 from surgery.job import Job
@@ -21,7 +21,7 @@ class Edited:
 
     Args:
         job: the planned edit.
-        device, allow_nonfinite: as for `surgery.edit.run`.
+        device, allow_nonfinite: as for `surgery.editing.run`.
 
     Attributes:
         checkpoint: its tensors have ft's names, types and shapes.

@@ -14,7 +14,7 @@ from surgery.checkpoint.companions import companions
 from surgery.checkpoint.delta import FORMAT, DeltaDraft, DeltaSink
 from surgery.checkpoint.durable import explain
 from surgery.checkpoint.fingerprint import fingerprint
-from surgery.edit import check_machine, engines, report_of
+from surgery.editing import check_machine, engines, report_of
 from surgery.engines.plan import Step
 from surgery.errors import OutputError
 from surgery.job import Job, check_unchanged, stamps
@@ -61,7 +61,7 @@ def extract(
         job: of `surgery.job.plan`.
         out: the file, as `check_file` gave it.
         force: a file that is there may be replaced.
-        device, workers, allow_nonfinite, command, advance: as for `surgery.edit.run`.
+        device, workers, allow_nonfinite, command, advance: as for `surgery.editing.run`.
 
     Returns:
         The report of the method, and the size of the file.

@@ -149,7 +149,9 @@ def plan_pair(
         for step in steps
     ]
     both.notes.extend(note for _, notes in further for note in notes)
-    return Job(both, method, steps, container, _default_out(tuned, method.label()), False, copies, changed, tuple(others))
+    return Job(
+        both, method, steps, container, _default_out(tuned, method.label()), False, copies, changed, tuple(others)
+    )
 
 
 def replan(job: Job, method: Method) -> Job:

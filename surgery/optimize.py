@@ -21,10 +21,10 @@ from surgery.methods.scope import number, share
 from surgery.sweep import Bout
 
 if TYPE_CHECKING:
-    from surgery.compare import Outcome
-    from surgery.evaluate.bench import Observe
-    from surgery.evaluate.scores import Measure
-    from surgery.evaluate.scoring import Scoring
+    from surgery.comparison import Outcome
+    from surgery.evaluation.bench import Observe
+    from surgery.evaluation.scores import Measure
+    from surgery.evaluation.scoring import Scoring
     from surgery.sweep import Edits
 
 PARTS = 3

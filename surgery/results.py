@@ -38,7 +38,7 @@ class Folder:
         Raises:
             OutputError: the disk is full, or the folder is gone.
         """
-        from surgery.compare import as_csv, items_as_csv
+        from surgery.comparison import as_csv, items_as_csv
         from surgery.page import page
         from surgery.plot_results import plots
         from surgery.report import dumps

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.choose import Choice, Limit, choose
-from surgery.compare import STOPPED, Outcome, Plane, document
+from surgery.comparison import STOPPED, Outcome, Plane, document
 from surgery.errors import OptionError
-from surgery.evaluate.bench import Bench, Observe, Scored
-from surgery.evaluate.subject import Subject, edited_subject
+from surgery.evaluation.bench import Bench, Observe, Scored
+from surgery.evaluation.subject import Subject, edited_subject
 from surgery.grid import interleaved, label, on_a_line
 from surgery.job import Job, replan
 
 if TYPE_CHECKING:
-    from surgery.evaluate.scores import Measure
-    from surgery.evaluate.scoring import Scoring
+    from surgery.evaluation.scores import Measure
+    from surgery.evaluation.scoring import Scoring
     from surgery.methods import Method
 
 
@@ -32,7 +32,7 @@ class Edits:
         subjects: pre and ft.
         jobs: a planned edit for each method's name, whose setting is changed.
         commands: the command line that writes the checkpoint of a setting.
-        device, allow_nonfinite: of the edit, as for `surgery.edit.run`.
+        device, allow_nonfinite: of the edit, as for `surgery.editing.run`.
     """
 
     subjects: Sequence[Subject]

@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints import Tensors, read_checkpoint, write_checkpoint
 
-from surgery.edit import run
+from surgery.editing import run
 from surgery.job import prepare
 from surgery.methods import METHODS, Method
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from surgery.choose import Choice, Limit, choose, parse_limit
-from surgery.compare import Outcome
+from surgery.comparison import Outcome
 from surgery.errors import OptionError
 from surgery.grid import coarse_to_fine
 

@@ -19,13 +19,13 @@ from tiny_model import make_model
 from transformers import AutoModelForCausalLM
 
 from surgery.__main__ import main
-from surgery.compare import Plane, as_csv, compare, document, items_as_csv
+from surgery.comparison import Plane, as_csv, compare, document, items_as_csv
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluate.bench import Bench, Scored
-from surgery.evaluate.cache import Cache
-from surgery.evaluate.scores import Advance, Kind, Scores
-from surgery.evaluate.scoring import Scoring
-from surgery.evaluate.subject import Subject, open_subject, open_subjects
+from surgery.evaluation.bench import Bench, Scored
+from surgery.evaluation.cache import Cache
+from surgery.evaluation.scores import Advance, Kind, Scores
+from surgery.evaluation.scoring import Scoring
+from surgery.evaluation.subject import Subject, open_subject, open_subjects
 
 
 @dataclass

@@ -12,7 +12,7 @@ from checkpoints import INDEX, fine_tuned, read_checkpoint, tiny_llama, tiny_lla
 from runs import MAKE
 from safetensors import safe_open
 
-from surgery import edit
+from surgery import editing
 from surgery.__main__ import main
 from surgery.job import prepare
 from surgery.methods import METHODS
@@ -58,7 +58,7 @@ def test_the_output_has_fts_container(name: str, shards: int, tmp_path: Path) ->
         (ft / file).write_text(text)
     (tmp_path / "pre" / "vocab.json").write_text("{}")
     out = tmp_path / "out"
-    edit.run(prepare(tmp_path / "pre", ft, MAKE[name](), out=out))
+    editing.run(prepare(tmp_path / "pre", ft, MAKE[name](), out=out))
     assert layout(out) == layout(ft)
     assert all((out / file).read_bytes() == (ft / file).read_bytes() for file in (*companions, "config.json"))
     if shards > 1:
@@ -77,7 +77,7 @@ def test_the_command_line_writes_what_the_library_writes(name: str, tmp_path: Pa
         from surgery.methods.scope import Scope
 
         options = options | {"scope": Scope("linear")}
-    edit.run(prepare(pre, ft, MAKE[name](**options), out=tmp_path / "library"))
+    editing.run(prepare(pre, ft, MAKE[name](**options), out=tmp_path / "library"))
     for path in (tmp_path / "library").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "cli" / path.name).read_bytes()
 
@@ -95,7 +95,7 @@ def test_progress_adds_up(name: str, tmp_path: Path) -> None:
     pre, ft = tiny_llama_pair(tmp_path)
     job = prepare(pre, ft, MAKE[name](), out=tmp_path / "out")
     steps: list[int] = []
-    edit.run(job, advance=steps.append)
+    editing.run(job, advance=steps.append)
     assert all(step >= 0 for step in steps)
     weights = sum(tensor.nbytes for tensor in read_checkpoint(ft).values())
     assert 2 * weights <= sum(steps) <= job.reading

@@ -15,8 +15,8 @@ from runs import MAKE
 from surgery.checkpoint.fingerprint import weights_fingerprint
 from surgery.checkpoint.source import open_both
 from surgery.checkpoint.tensor import read_bytes
-from surgery.edit import run
 from surgery.edited import Edited
+from surgery.editing import run
 from surgery.job import Job, plan, prepare, replan
 from surgery.methods import METHODS, Method
 from surgery.methods.wanda import Norm

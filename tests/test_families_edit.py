@@ -19,7 +19,7 @@ from reference.formulas import blend, dare, hma_part, prune, same_bits
 from runs import MAKE
 from transformers import PreTrainedModel
 
-from surgery.edit import run
+from surgery.editing import run
 from surgery.job import prepare
 from surgery.methods import METHODS, Method
 from surgery.methods.dare import draw

@@ -410,7 +410,7 @@ def test_an_input_of_links_into_the_output_is_refused(root: Path) -> None:
 
 DROPPED = f"""
 import contextlib, io, os, sys
-import surgery.edit, surgery.display, surgery.report, rich.progress
+import surgery.editing, surgery.display, surgery.report, rich.progress
 from surgery.__main__ import main
 with contextlib.redirect_stderr(io.StringIO()):  # imports the rest, which may lie where only root can look
     assert main(["hma", "--pre", "./nowhere", "--ft", "./nowhere"]) == 1

@@ -14,7 +14,7 @@ from checkpoints import Tensors, fine_tuned, read_checkpoint, tiny_llama, write_
 from reference.formulas import SCORES, distance_ratio, exact, kept, mean_distance, trimmed
 
 from surgery import __version__, report
-from surgery.edit import run
+from surgery.editing import run
 from surgery.job import prepare
 from surgery.methods import METHODS, Method
 from surgery.methods.fapm import Fapm

@@ -346,7 +346,7 @@ def test_files_that_vanish_or_change_meanwhile(root: Path, what: str) -> None:
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery.edit import run
+    from surgery.editing import run
     from surgery.job import prepare
     from surgery.methods.hma import Hma
 

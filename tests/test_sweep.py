@@ -23,7 +23,7 @@ from test_faults import SURGERY, is_one_sentence
 from surgery.__main__ import main
 from surgery.demo.tokens import tokenizer
 from surgery.errors import OptionError
-from surgery.evaluate.perplexity import Perplexity
+from surgery.evaluation.perplexity import Perplexity
 from surgery.grid import PAPER, command_words, interleaved, label, numbers, on_a_line, triples, whole_numbers
 from surgery.methods import Dare, Fapm, HalfReset, Hma, Method, Ties
 from surgery.methods.scope import Scope

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from surgery.__main__ import main
-from surgery.edit import run
+from surgery.editing import run
 from surgery.job import prepare
 from surgery.methods.fapm import Fapm
 from surgery.methods.magnitude import Magnitude

@@ -15,7 +15,7 @@ from surgery.commands.scoring import OPTIONS
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
-    from surgery.evaluate.scoring import Scoring
+    from surgery.evaluation.scoring import Scoring
     from surgery.job import Job
     from surgery.methods import Method
     from surgery.sweep import Edits
@@ -201,7 +201,7 @@ def _flag(name: str) -> str:
 
 
 def _scoring(own: dict[str, Any], device: str) -> "Scoring":
-    from surgery.evaluate.scoring import Scoring
+    from surgery.evaluation.scoring import Scoring
 
     return Scoring(
         task=tuple(own["task"]), general=tuple(own["general"]), limit=own["limit"], cache=own["cache"], device=device
@@ -210,7 +210,7 @@ def _scoring(own: dict[str, Any], device: str) -> "Scoring":
 
 def _edits(job: "Job", own: dict[str, Any], device: str, more: Sequence[inspect.Parameter], setting: str) -> "Edits":
     """The job at any setting, and the command line for it: the one that was typed, without the search."""
-    from surgery.evaluate.subject import open_subjects
+    from surgery.evaluation.subject import open_subjects
     from surgery.grid import setting_words
     from surgery.sweep import Edits
 

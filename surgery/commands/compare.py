@@ -9,7 +9,7 @@ from surgery.commands.edit import Pre
 from surgery.commands.scoring import AsJson, Report, scoring_command
 
 if TYPE_CHECKING:
-    from surgery.evaluate.scoring import Scoring
+    from surgery.evaluation.scoring import Scoring
 
 
 def register(app: typer.Typer) -> None:
@@ -38,9 +38,9 @@ def _compare(
     Kept is the task's score as a share of ft's; forgot is pre's average of the general scores less the model's. Losses and
     perplexities count there by how likely a token is, compared with ft and with pre. Needs pip install 'model-surgery\\[eval]'.
     """
-    from surgery.compare import compare
+    from surgery.comparison import compare
     from surgery.display_compare import scoring_progress, show
-    from surgery.evaluate.subject import open_subjects
+    from surgery.evaluation.subject import open_subjects
     from surgery.results import Folder
 
     folder = Folder(report) if report else None

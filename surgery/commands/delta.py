@@ -40,7 +40,7 @@ def _extract(
     For each tensor, a bit mask of the entries that are not pre's, and their bits. surgery apply makes the checkpoint of it again.
     """
     from surgery import display
-    from surgery.edit import check_machine
+    from surgery.editing import check_machine
     from surgery.extract import check_file, extract
     from surgery.job import plan
 

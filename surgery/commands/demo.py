@@ -29,7 +29,7 @@ def _demo(
 
 
 def _edit(pre: Path, ft: Path, out: Path, method: str, **options: Any) -> dict[str, Any]:
-    from surgery.edit import run
+    from surgery.editing import run
     from surgery.job import prepare
     from surgery.methods import METHODS
 

@@ -228,7 +228,7 @@ def _edit(
     workers: Workers = None,
 ) -> None:
     from surgery import display
-    from surgery.edit import check_machine, run
+    from surgery.editing import check_machine, run
     from surgery.job import prepare
 
     check_machine(device, workers)

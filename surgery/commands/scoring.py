@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.evaluate.scoring import Scoring
+from surgery.evaluation.scoring import Scoring
 
 SCORES, WORK = "Scores", "Work"
 

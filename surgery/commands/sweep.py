@@ -13,7 +13,7 @@ from surgery.commands.scoring import AsJson, Report, scoring_command
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
-    from surgery.evaluate.scoring import Scoring
+    from surgery.evaluation.scoring import Scoring
     from surgery.methods import Method
 
 SETTINGS, CHOICE = "Settings", "Choice"
@@ -104,8 +104,8 @@ def _sweep(
     from surgery.checkpoint.draft import check_output
     from surgery.choose import parse_limit
     from surgery.display_compare import scoring_progress, show
-    from surgery.edit import run
-    from surgery.evaluate.subject import open_subjects
+    from surgery.editing import run
+    from surgery.evaluation.subject import open_subjects
     from surgery.grid import Grid, command_words, label, numbers, triples, whole_numbers
     from surgery.job import plan, replan
     from surgery.methods import Wanda

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from surgery.edit import run
+from surgery.editing import run
 from surgery.engines.cpu import CpuEngine
 from surgery.engines.cuda import CudaEngine, find_device
 from surgery.engines.plan import Step

@@ -14,7 +14,7 @@ from reference.formulas import same_bits
 from runs import MAKE, edit
 
 from surgery import kernels
-from surgery.edit import run
+from surgery.editing import run
 from surgery.job import prepare
 from surgery.methods import METHODS, Method
 

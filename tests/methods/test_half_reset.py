@@ -11,7 +11,7 @@ from checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoin
 from reference.formulas import same_bits
 from runs import edit
 
-from surgery.edit import run
+from surgery.editing import run
 from surgery.errors import OptionError
 from surgery.job import prepare
 from surgery.methods.half_reset import HalfReset, choose

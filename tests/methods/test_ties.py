@@ -15,7 +15,7 @@ from checkpoints import Tensors, fine_tuned, read_checkpoint, tiny_llama, write_
 from reference.formulas import exact, prune, same_bits, ties, trimmed
 from test_faults import call, refused
 
-from surgery.edit import run
+from surgery.editing import run
 from surgery.errors import OptionError, PairError
 from surgery.job import prepare
 from surgery.methods import Fapm, Ties

@@ -16,7 +16,7 @@ from runs import MAKE
 
 from reference.formulas import F32 as F32Array
 from reference.formulas import SCORES, exact, fapm_score, fapm_score64, kept, pruned, same_bits
-from surgery.edit import run
+from surgery.editing import run
 from surgery.job import prepare
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

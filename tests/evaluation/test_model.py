@@ -15,7 +15,7 @@ from tiny_lm import one_thread as one_thread
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import Checkpoint, open_checkpoint
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluate.model import LanguageModel
+from surgery.evaluation.model import LanguageModel
 
 IDS = torch.tensor([[5, 9, 200, 31, 31, 7, 300], [8, 1, 0, 17, 44, 45, 46]])
 

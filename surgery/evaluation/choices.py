@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.errors import OptionError
-from surgery.evaluate.encode import encode, parts, prefix
-from surgery.evaluate.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.encode import encode, parts, prefix
+from surgery.evaluation.scores import Advance, Kind, Scores, digest
 
 if TYPE_CHECKING:
-    from surgery.evaluate.model import LanguageModel
+    from surgery.evaluation.model import LanguageModel
 
 CONTEXTS = ("ctx", "context", "query")  # go on with a choice as they stand
 QUESTIONS = ("question", "goal")
@@ -53,7 +53,7 @@ class MultipleChoice:
 
     def score(self, model: LanguageModel, advance: Advance) -> Scores:
         """Measure a model; a question is an item, right or wrong."""
-        from surgery.evaluate.likelihood import fit, loglikelihoods
+        from surgery.evaluation.likelihood import fit, loglikelihoods
 
         pairs = [
             parts(model.tokenizer, question["context"], f" {choice}", model.folder)
@@ -90,7 +90,7 @@ class MinimalPairs:
 
     def score(self, model: LanguageModel, advance: Advance) -> Scores:
         """Measure a model; a pair is an item, right or wrong."""
-        from surgery.evaluate.likelihood import loglikelihoods
+        from surgery.evaluation.likelihood import loglikelihoods
 
         before = prefix(model.tokenizer, model.folder)
         texts = [pair[name] for pair in self.pairs for name in PAIR]

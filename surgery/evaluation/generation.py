@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from surgery.errors import CheckpointError, OptionError, reason
-from surgery.evaluate.likelihood import check_ids
-from surgery.evaluate.model import LanguageModel
-from surgery.evaluate.scores import Advance
+from surgery.evaluation.likelihood import check_ids
+from surgery.evaluation.model import LanguageModel
+from surgery.evaluation.scores import Advance
 
 TAIL = 16  # tokens in which the stop is looked for
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
-    from surgery.evaluate.bench import Bench, Observe
-    from surgery.evaluate.scores import Measure
+    from surgery.evaluation.bench import Bench, Observe
+    from surgery.evaluation.scores import Measure
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Scoring:
     Attributes:
         task: the downstream task, a file, a folder of files, or a task of lm-evaluation-harness; several are averaged.
         general: general ability, likewise.
-        metric: of the tasks that are files, where their fields allow several; see `surgery.evaluate.measures`.
+        metric: of the tasks that are files, where their fields allow several; see `surgery.evaluation.measures`.
         limit: items of each measure at most, the first ones.
         prompt_field, completion_field: of records with other names for them.
         seq_len: tokens of a window of text.
         max_new_tokens: of a generated answer.
         batch_size: sequences in one forward pass.
-        dtype, device: to compute in and on; see `surgery.evaluate.model.LanguageModel`.
+        dtype, device: to compute in and on; see `surgery.evaluation.model.LanguageModel`.
         cache: a folder to keep scores in.
     """
 
@@ -50,7 +50,7 @@ class Scoring:
         Raises:
             OptionError: a file or an option is not as it should be, or one of the two is missing.
         """
-        from surgery.evaluate.measures import find_measures
+        from surgery.evaluation.measures import find_measures
 
         for name, specs in (("task", self.task), ("general", self.general)):
             if not specs:
@@ -71,7 +71,7 @@ class Scoring:
         Raises:
             OptionError: a library or a device is missing, or two measures have one name.
         """
-        from surgery.evaluate.bench import Bench
+        from surgery.evaluation.bench import Bench
 
         return Bench(
             measures, cache=self.cache, device=self.device, dtype=self.dtype, batch=self.batch_size, observe=observe

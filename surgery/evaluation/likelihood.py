@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluate.model import LanguageModel
-from surgery.evaluate.scores import Advance
+from surgery.evaluation.model import LanguageModel
+from surgery.evaluation.scores import Advance
 from surgery.model.skeleton import call_arguments
 
 # A context, and how the text goes on.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.evaluate.matching import METRICS, final_number, rouge_l, words
+from surgery.evaluation.matching import METRICS, final_number, rouge_l, words
 
 NUMBERS = {
     "She makes 9 * 2 = $<<9*2=18>>18 every day at the farmer's market.\n#### 18": "18",

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import OptionError
-from surgery.evaluate import choices
-from surgery.evaluate.answer_loss import AnswerLoss
-from surgery.evaluate.encode import Message
-from surgery.evaluate.generated import NEXT_QUESTION, Generated
-from surgery.evaluate.matching import METRICS, final_number, words
-from surgery.evaluate.perplexity import Perplexity
-from surgery.evaluate.scores import Measure
+from surgery.evaluation import choices
+from surgery.evaluation.answer_loss import AnswerLoss
+from surgery.evaluation.encode import Message
+from surgery.evaluation.generated import NEXT_QUESTION, Generated
+from surgery.evaluation.matching import METRICS, final_number, words
+from surgery.evaluation.perplexity import Perplexity
+from surgery.evaluation.scores import Measure
 from surgery.records import ENDINGS, records
 from surgery.rows import Row, read
 
@@ -95,7 +95,7 @@ def find_measures(
     files = [source for source in sources if source.file]
     for harness, group in groupby(sources, key=lambda source: source.file is None):
         if harness:
-            from surgery.evaluate.harness import harness_measures
+            from surgery.evaluation.harness import harness_measures
 
             measures += harness_measures([source.typed for source in group], limit=limit)
         else:

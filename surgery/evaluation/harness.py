@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.errors import OptionError, SurgeryError, reason
-from surgery.evaluate.harness_tasks import contained, load_tasks
-from surgery.evaluate.scores import Advance, Floats, Kind, Measure, Scores
+from surgery.evaluation.harness_tasks import contained, load_tasks
+from surgery.evaluation.scores import Advance, Floats, Kind, Measure, Scores
 
 if TYPE_CHECKING:
-    from surgery.evaluate.model import LanguageModel
+    from surgery.evaluation.model import LanguageModel
 
 PREFERRED = ("acc_norm", "acc")
 # Aggregations of the harness whose numbers are means of values that each item has, and what the values are.

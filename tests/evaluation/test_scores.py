@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from surgery.evaluate.scores import Kind, Scores, against, digest
+from surgery.evaluation.scores import Kind, Scores, against, digest
 
 
 def scores(values: list[float], weights: list[float] | None = None, kind: Kind = "share") -> Scores:
@@ -64,7 +64,7 @@ def test_an_interval_is_the_same_every_time_and_in_the_scores_own_unit() -> None
 def test_a_bootstrap_in_blocks_draws_what_one_in_a_piece_would(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=count).tolist()
     whole = scores(values).resampled()
-    monkeypatch.setattr("surgery.evaluate.scores.BLOCK", 7 * count)
+    monkeypatch.setattr("surgery.evaluation.scores.BLOCK", 7 * count)
     assert np.array_equal(scores(values).resampled(), whole)
 
 

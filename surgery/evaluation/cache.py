@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import OutputError
-from surgery.evaluate.scores import Scores
+from surgery.evaluation.scores import Scores
 from surgery.outfile import OutFile
 
 FORMAT = 1

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgery.evaluate.encode import Message, prefix, prompt_ids
-from surgery.evaluate.matching import METRICS
-from surgery.evaluate.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.encode import Message, prefix, prompt_ids
+from surgery.evaluation.matching import METRICS
+from surgery.evaluation.scores import Advance, Kind, Scores, digest
 
 if TYPE_CHECKING:
-    from surgery.evaluate.model import LanguageModel
+    from surgery.evaluation.model import LanguageModel
 
 # What a model writes that goes on with questions of its own.
 NEXT_QUESTION = "\nQuestion:"
@@ -24,7 +24,7 @@ class Generated:
 
     Attributes:
         questions: prompt (text or chat) and reference of each.
-        metric: of `surgery.evaluate.matching.METRICS`.
+        metric: of `surgery.evaluation.matching.METRICS`.
         max_new_tokens: of an answer.
         stop: an answer ends before this text.
     """
@@ -48,7 +48,7 @@ class Generated:
 
     def score(self, model: LanguageModel, advance: Advance) -> Scores:
         """Measure a model; a question is an item."""
-        from surgery.evaluate.generation import generate
+        from surgery.evaluation.generation import generate
 
         prompts = [
             prompt_ids(model.tokenizer, prompt, model.folder) or [prefix(model.tokenizer, model.folder)]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import open_checkpoint
-from surgery.evaluate.model import LanguageModel
+from surgery.evaluation.model import LanguageModel
 
 VOCABULARY = 320
 LENGTH = 96

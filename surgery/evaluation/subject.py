@@ -15,11 +15,11 @@ from surgery.checkpoint.draft import REPORT
 from surgery.checkpoint.header import read_header
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.json_file import read_json
-from surgery.checkpoint.pair import pair
+from surgery.checkpoint.pair import Pair, pair
 from surgery.checkpoint.source import Checkpoint, open_both, open_checkpoint
 from surgery.checkpoint.tensor import Tensor, read_bytes
 from surgery.edited import Edited
-from surgery.errors import OptionError
+from surgery.errors import CheckpointError, OptionError
 from surgery.job import Job, beside
 from surgery.methods import parameters
 
@@ -62,12 +62,13 @@ class Subject:
                 target.write_bytes(_content(kept))
 
 
-def open_subject(typed: str, pre: Checkpoint, *, label: str | None = None) -> Subject:
+def open_subject(typed: str, pre: Checkpoint | None, *, label: str | None = None) -> Subject:
     """Open a model by what the user typed, reading headers only.
 
     Args:
         typed: a folder, a file, a hub id with an optional `@revision`, an adapter, or a task vector of `surgery extract`.
-        pre: the pre-trained model, which an adapter, a GGUF file or a task vector builds on.
+        pre: the pre-trained model, which an adapter, a GGUF file or a task vector builds on, and from which a distance is
+            measured; None where the model stands alone.
         label: its name; by default that of the folder or file.
 
     Raises:
@@ -75,9 +76,21 @@ def open_subject(typed: str, pre: Checkpoint, *, label: str | None = None) -> Su
     """
     path = Path(typed).expanduser()
     if path.is_file() and path.suffix == ".safetensors" and read_header(path).metadata.get("format") == FORMAT:
+        if pre is None:
+            raise CheckpointError(f"{path}: is a task vector, which is nothing without its base. Give pre.")
         return _from_delta(path, pre, label or path.stem)
     source = resolve(typed, companions=True)
-    return _subject(open_checkpoint(source, other=pre), pre, label or Path(source.repo or path.absolute()).name)
+    checkpoint, name = open_checkpoint(source, other=pre), label or Path(source.repo or path.absolute()).name
+    return base_subject(checkpoint, name) if pre is None else tuned_subject(pair(pre, checkpoint), name)
+
+
+def open_base(typed: str) -> Checkpoint:
+    """Open a model that others build on, reading headers only.
+
+    Raises:
+        SurgeryError: it cannot be read.
+    """
+    return open_checkpoint(resolve(typed, companions=True))
 
 
 def open_subjects(pre: str, ft: str, others: Sequence[str] = ()) -> list[Subject]:
@@ -91,7 +104,7 @@ def open_subjects(pre: str, ft: str, others: Sequence[str] = ()) -> list[Subject
         SurgeryError: one cannot be read.
     """
     base, (tuned,) = open_both(pre, ft)
-    subjects = [base_subject(base), _subject(tuned, base, "ft")]
+    subjects = [base_subject(base), tuned_subject(pair(base, tuned))]
     labels = {"pre", "ft"}
     for typed in others:
         name, named, rest = typed.partition("=")
@@ -105,12 +118,26 @@ def open_subjects(pre: str, ft: str, others: Sequence[str] = ()) -> list[Subject
 
 
 def base_subject(pre: Checkpoint, label: str = "pre") -> Subject:
-    """The pre-trained model itself.
+    """A model by itself: the pre-trained one.
 
     Raises:
         CheckpointError: it has no config.json.
     """
     return Subject(label, pre, beside(pair(pre, pre)))
+
+
+def tuned_subject(both: Pair, label: str = "ft") -> Subject:
+    """The fine-tuned model of a pair.
+
+    Raises:
+        CheckpointError: it has no config.json.
+    """
+
+    def against() -> tuple[float | None, float | None]:
+        totals = diff.measure(both, diff.comparable(both))["totals"]
+        return totals["distance"], totals["unchanged_share"]
+
+    return Subject(label, both.ft, beside(both), *_made(both.ft), against)
 
 
 def edited_subject(
@@ -136,16 +163,6 @@ def edited_subject(
         None,
         against,
     )
-
-
-def _subject(checkpoint: Checkpoint, pre: Checkpoint, label: str) -> Subject:
-    both = pair(pre, checkpoint)
-
-    def against() -> tuple[float | None, float | None]:
-        totals = diff.measure(both, diff.comparable(both))["totals"]
-        return totals["distance"], totals["unchanged_share"]
-
-    return Subject(label, checkpoint, beside(both), *_made(checkpoint), against)
 
 
 def _from_delta(path: Path, pre: Checkpoint, label: str) -> Subject:

@@ -13,7 +13,7 @@ from tiny_lm import LENGTH, VOCABULARY, hf_loss, ignore, make_lm, open_lm, refer
 from tiny_lm import one_thread as one_thread
 
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluate.likelihood import Pair, fit, loglikelihoods
+from surgery.evaluation.likelihood import Pair, fit, loglikelihoods
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -72,8 +72,8 @@ def test_neither_batches_nor_the_room_for_logits_change_a_number(
     for batch in (2, 5, 100):
         found = loglikelihoods(open_lm(folder, batch=batch), pairs(), ignore)
         assert [total for total, _ in found] == pytest.approx([total for total, _ in alone], rel=1e-5)
-    monkeypatch.setattr("surgery.evaluate.likelihood.LOGITS", 14 * VOCABULARY)
-    monkeypatch.setattr("surgery.evaluate.likelihood.PIECE", 3 * VOCABULARY)
+    monkeypatch.setattr("surgery.evaluation.likelihood.LOGITS", 14 * VOCABULARY)
+    monkeypatch.setattr("surgery.evaluation.likelihood.PIECE", 3 * VOCABULARY)
     found = loglikelihoods(open_lm(folder, batch=100), pairs(), ignore)
     assert [total for total, _ in found] == pytest.approx([total for total, _ in alone], rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_logits_are_made_for_scored_tokens_alone_and_within_the_room(
     scored = sum(len(continuation) for _, continuation in pairs())
     assert made == [scored]
     made.clear()
-    monkeypatch.setattr("surgery.evaluate.likelihood.LOGITS", 14 * VOCABULARY)
+    monkeypatch.setattr("surgery.evaluation.likelihood.LOGITS", 14 * VOCABULARY)
     loglikelihoods(model, pairs(), ignore)
     assert sum(made) == scored
     assert len(made) > 3

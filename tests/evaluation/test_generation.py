@@ -13,7 +13,7 @@ from tiny_lm import LENGTH, VOCABULARY, ignore, make_lm, open_lm, reference
 from tiny_lm import one_thread as one_thread
 
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluate.generation import generate
+from surgery.evaluation.generation import generate
 
 
 def prompts(count: int = 7) -> list[list[int]]:

@@ -20,10 +20,10 @@ from surgery.__main__ import main
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import open_checkpoint
 from surgery.errors import HubError, OptionError
-from surgery.evaluate.choices import MultipleChoice
-from surgery.evaluate.harness import harness_measures
-from surgery.evaluate.model import LanguageModel
-from surgery.evaluate.scores import Measure, Scores
+from surgery.evaluation.choices import MultipleChoice
+from surgery.evaluation.harness import harness_measures
+from surgery.evaluation.model import LanguageModel
+from surgery.evaluation.scores import Measure, Scores
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.errors import OptionError
-from surgery.evaluate.encode import encode
-from surgery.evaluate.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.encode import encode
+from surgery.evaluation.scores import Advance, Kind, Scores, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from surgery.evaluate.model import LanguageModel
+    from surgery.evaluation.model import LanguageModel
 
 CHARACTERS = 16  # of text for each token that is wanted, at first
 MARGIN = 64  # tokens at the end of a text that was cut: not those of the whole text
@@ -51,7 +51,7 @@ class Perplexity:
 
     def score(self, model: LanguageModel, advance: Advance) -> Scores:
         """Measure a model; a window is an item, and weighs as many tokens as are predicted in it."""
-        from surgery.evaluate.likelihood import loglikelihoods
+        from surgery.evaluation.likelihood import loglikelihoods
 
         length = min(self.seq_len, model.length or self.seq_len)
         wanted = None if self.windows is None else self.windows * length

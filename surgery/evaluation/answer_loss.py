@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.errors import OptionError
-from surgery.evaluate.encode import learnt
-from surgery.evaluate.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.encode import learnt
+from surgery.evaluation.scores import Advance, Kind, Scores, digest
 from surgery.rows import Row
 
 if TYPE_CHECKING:
-    from surgery.evaluate.model import LanguageModel
+    from surgery.evaluation.model import LanguageModel
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class AnswerLoss:
 
     def score(self, model: LanguageModel, advance: Advance) -> Scores:
         """Measure a model; a row is an item, and weighs as many tokens as its answer has."""
-        from surgery.evaluate.likelihood import fit, loglikelihoods
+        from surgery.evaluation.likelihood import fit, loglikelihoods
 
         pairs = [learnt(model.tokenizer, row, model.folder) for row in self.rows]
         for number, (_, answer) in enumerate(pairs, 1):

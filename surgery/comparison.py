@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from surgery import report
-from surgery.evaluate.bench import Observe, Scored
-from surgery.evaluate.scores import Floats, Measure, against, limits
-from surgery.evaluate.scoring import Scoring
-from surgery.evaluate.subject import Subject
+from surgery.evaluation.bench import Observe, Scored
+from surgery.evaluation.scores import Floats, Measure, against, limits
+from surgery.evaluation.scoring import Scoring
+from surgery.evaluation.subject import Subject
 
 STOPPED = "It was stopped: only the models that were done by then are here."
 COLUMNS = (

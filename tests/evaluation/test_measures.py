@@ -14,14 +14,14 @@ from tiny_lm import LENGTH, TEXT, hf_loss, ignore, make_lm, make_tokenizer, open
 from tiny_lm import one_thread as one_thread
 
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluate.answer_loss import AnswerLoss
-from surgery.evaluate.choices import MinimalPairs, MultipleChoice, question
-from surgery.evaluate.encode import learnt, parts
-from surgery.evaluate.generated import Generated
-from surgery.evaluate.measures import find_measures
-from surgery.evaluate.model import LanguageModel
-from surgery.evaluate.perplexity import Perplexity
-from surgery.evaluate.scores import Measure
+from surgery.evaluation.answer_loss import AnswerLoss
+from surgery.evaluation.choices import MinimalPairs, MultipleChoice, question
+from surgery.evaluation.encode import learnt, parts
+from surgery.evaluation.generated import Generated
+from surgery.evaluation.measures import find_measures
+from surgery.evaluation.model import LanguageModel
+from surgery.evaluation.perplexity import Perplexity
+from surgery.evaluation.scores import Measure
 from surgery.rows import read
 
 USER = {"role": "user", "content": "How many ducks?"}
@@ -87,7 +87,7 @@ def test_documents_are_joined_by_the_end_of_the_text_and_read_as_far_as_needed(
     stream = [*encode("Four ducks").input_ids, 1, *encode(TEXT * 20).input_ids]
     expected = [hf_loss(plain, stream[at : at + 1], stream[at + 1 : at + 20]) for at in range(0, 100, 20)]
     for characters in (1, 16):  # what is looked at is too short at first, or not
-        monkeypatch.setattr("surgery.evaluate.perplexity.CHARACTERS", characters)
+        monkeypatch.setattr("surgery.evaluation.perplexity.CHARACTERS", characters)
         found = one(file, limit=5, seq_len=20).score(model, ignore)
         assert found.values.tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -295,7 +295,7 @@ def test_other_words_are_tasks_of_the_harness_in_their_place(tmp_path: Path, mon
         asked.append((tasks, limit))
         return [SimpleNamespace(name=task) for task in tasks]
 
-    from surgery.evaluate import harness
+    from surgery.evaluation import harness
 
     monkeypatch.setattr(harness, "harness_measures", harness_measures)
     file, task = write(tmp_path / "gsm" / "mmlu.jsonl", ASKED), tmp_path / "mine.yaml"
@@ -386,7 +386,7 @@ def test_nothing_heavy_is_imported_to_find_measures(tmp_path: Path) -> None:
 
     file = write(tmp_path / "a.jsonl", ASKED)
     code = (
-        "import sys; from surgery.evaluate.measures import find_measures; "
+        "import sys; from surgery.evaluation.measures import find_measures; "
         f"find_measures([{str(file)!r}]); print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,243 @@
+"""The Python interface: what the commands do, as functions.
+
+    import surgery
+
+    pair = surgery.open_pair("pre", "ft")
+    repaired = surgery.edit(pair, "fapm", sparsity=0.9)
+    scores = surgery.evaluate(repaired, ["test.jsonl"])
+    found = surgery.compare(pair, {"fapm": repaired, "mofo": "./ckpt-mofo"}, task=["test.jsonl"], general=["wikitext.txt"])
+    print(found)
+
+A model is a folder, a file, a hub id with an optional `@revision`, a LoRA adapter, a task vector of `surgery extract`, or an
+edit, whether it was written or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint.draft import check_output
+from surgery.checkpoint.pair import Pair, pair
+from surgery.checkpoint.source import Checkpoint, open_both
+from surgery.errors import OptionError
+from surgery.evaluation.scoring import Scoring
+from surgery.evaluation.subject import Subject, base_subject, edited_subject, open_base, open_subject, tuned_subject
+from surgery.job import Job, plan_pair
+from surgery.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from surgery.evaluation.scores import Scores
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited model. Its tensors are made when they are read, so that it takes no memory and no disk.
+
+    Attributes:
+        job: the planned edit.
+        out: the checkpoint that was written, if one was.
+        report: what `surgery-report.json` in it holds.
+    """
+
+    job: Job
+    out: Path | None = None
+    report: dict[str, Any] | None = None
+
+
+Model = str | Path | Edit
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models on one table: printed as text, shown in a notebook as a table.
+
+    Attributes:
+        document: everything, down to items, as in results.json.
+    """
+
+    document: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each model: label, scores, retention, forgetting, distance, effective_sparsity, pareto, …"""
+        rows: list[dict[str, Any]] = self.document["rows"]
+        return rows
+
+    def __str__(self) -> str:
+        from surgery.display_compare import as_text
+
+        return as_text(self.document)
+
+    def _repr_html_(self) -> str:
+        from surgery.page.table import table
+
+        return table(self.document)
+
+    def pareto(self) -> Figure:
+        """Retention against forgetting, with intervals."""
+        from surgery.plot_results import pareto
+
+        return pareto(self.document)
+
+    def skills(self) -> Figure:
+        """The score on each measure."""
+        from surgery.plot_results import skills
+
+        return skills(self.document)
+
+    def curves(self) -> Figure:
+        """Scores against the setting of each method that has several."""
+        from surgery.plot_results import curves
+
+        return curves(self.document)
+
+    def write(self, folder: str | Path) -> Path:
+        """Write the page, the pictures, results.json and .csv; returns the page.
+
+        Raises:
+            OutputError: the folder cannot be written, or holds something else.
+        """
+        from surgery.results import PAGE, Folder
+
+        Folder(Path(folder)).write(self.document)
+        return Path(folder) / PAGE
+
+
+def open_pair(pre: str | Path, ft: str | Path) -> Pair:
+    """Open a pre-trained model and its fine-tune, reading headers only.
+
+    Raises:
+        SurgeryError: one cannot be read, or they do not belong together.
+    """
+    base, (tuned,) = open_both(str(pre), str(ft))
+    return pair(base, tuned)
+
+
+def edit(
+    pair: Pair,
+    method: str | Method = "fapm",
+    *,
+    out: str | Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+    **parameters: Any,
+) -> Edit:
+    """Edit the task vector of a pair.
+
+    Args:
+        method: a name in `surgery.methods.METHODS`, or such a method with its parameters.
+        out: write the checkpoint to this folder; without it nothing is written, and nothing done until the result is read.
+        force: replace a checkpoint that is there.
+        device: of the writing, as `surgery fapm --device`.
+        parameters: of the method, as its class has them: sparsity=0.9, ratios=(0.3, 0.2, 0.1), …
+
+    Raises:
+        OptionError: there is no such method, or its parameters do not fit it or the model.
+        SurgeryError: the output cannot be written.
+    """
+    from surgery.editing import run
+
+    job = plan_pair(pair, _method(method, parameters))
+    if out is None:
+        return Edit(job)
+    target = check_output(Path(out), job.inputs, force=force)
+    return Edit(job, target, run(replace(job, out=target, replace=force), device=device))
+
+
+def evaluate(
+    model: Model,
+    measures: Sequence[str],
+    *,
+    pre: str | Path | None = None,
+    metric: str | None = None,
+    limit: int | None = None,
+    **options: Any,
+) -> dict[str, Scores]:
+    """Score one model.
+
+    Args:
+        measures: files, `FILE:METRIC`, folders of files, or tasks of lm-evaluation-harness.
+        pre: what an adapter, a GGUF file or a task vector builds on.
+        metric: of the files; by default what their fields allow.
+        limit: items of each measure at most, the first ones.
+        options: others of `surgery.evaluation.scoring.Scoring`: batch_size, device, cache, …
+
+    Returns:
+        By the measures' names.
+
+    Raises:
+        SurgeryError: the model or a measure is not as it should be.
+    """
+    from surgery.evaluation.measures import find_measures
+
+    scoring = Scoring(**options)
+    found = find_measures(
+        measures,
+        metric=metric,
+        limit=limit,
+        seq_len=scoring.seq_len,
+        max_new_tokens=scoring.max_new_tokens,
+        prompt_field=scoring.prompt_field,
+        completion_field=scoring.completion_field,
+    )
+    with scoring.bench(found) as bench:
+        return bench.score(_subject(model, None if pre is None else open_base(str(pre)))).scores
+
+
+def compare(
+    pair: Pair,
+    models: Sequence[Model] | Mapping[str, Model] = (),
+    *,
+    task: Sequence[str],
+    general: Sequence[str],
+    metric: str | None = None,
+    limit: int | None = None,
+    **options: Any,
+) -> Comparison:
+    """Score pre, ft and others, and put them on one table: what each kept of the task, and what it forgot.
+
+    Args:
+        models: beside the pair; names for their rows as keys.
+        task, general: measures, as for `evaluate`.
+        metric: of the task's files.
+        limit: items of each measure at most, the first ones.
+        options: others of `surgery.evaluation.scoring.Scoring`.
+
+    Raises:
+        OptionError: two rows have one name.
+        SurgeryError: a model or a measure is not as it should be.
+    """
+    from surgery import comparison
+
+    scoring = Scoring(task=tuple(task), general=tuple(general), metric=metric, limit=limit, **options)
+    named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
+    subjects = [base_subject(pair.pre), tuned_subject(pair)]
+    subjects += [_subject(model, pair.pre, label) for label, model in named]
+    labels = [subject.label for subject in subjects]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise OptionError(f"Two rows are named {twice.pop()}. Give models with names: {{name: model}}.")
+    return Comparison(comparison.compare(subjects, *scoring.measures(), scoring))
+
+
+def _method(method: str | Method, parameters: dict[str, Any]) -> Method:
+    if not isinstance(method, str):
+        if parameters:
+            raise OptionError(f"{method.name} has its parameters already. Leave out {', '.join(parameters)}.")
+        return method
+    if method not in METHODS:
+        raise OptionError(f"There is no method {method}. Choose from {', '.join(METHODS)}.")
+    try:
+        return METHODS[method](**parameters)
+    except TypeError as error:
+        raise OptionError(f"{method}: {str(error).rpartition('() ')[2]}. See help(surgery.methods).") from None
+
+
+def _subject(model: Model, pre: Checkpoint | None, label: str | None = None) -> Subject:
+    if isinstance(model, Edit):
+        return edited_subject(model.job, label=label)
+    return open_subject(str(model), pre, label=label)
