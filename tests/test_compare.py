@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
 from peft import LoraConfig, get_peft_model
-from tiny_model import make_model
+from tiny_model import make_model, questions, write
 from transformers import AutoModelForCausalLM
 
 from surgery.__main__ import main
@@ -238,3 +238,89 @@ def test_files_that_change_between_two_readings_are_noticed(tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match="changed while"):
             bench.score(subject)
     assert measure.calls == 0
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """The options of a comparison of a tiny pair on one measure of each kind."""
+    pre, ft = pair_of(tmp_path)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{n % 80}" for n in range(200)))
+    questions(tmp_path / "task.jsonl", 8)
+    write(tmp_path / "pairs.jsonl", [{"sentence_good": f"w{n} w1", "sentence_bad": f"w1 w{n}"} for n in range(8)])
+    write(
+        tmp_path / "choices.jsonl",
+        [{"question": f"w{n}", "choices": ["w1", "w2 w3"], "answer": n % 2} for n in range(8)],
+    )
+    general = ",".join(str(tmp_path / name) for name in ("text.txt", "pairs.jsonl", "choices.jsonl"))
+    options = ["--pre", str(pre), "--ft", str(ft), "--general", general, "--seq-len", "32"]
+    return [*options, "--task", f"{tmp_path / 'task.jsonl'}:exact", "--max-new-tokens", "4"]
+
+
+def test_the_command_prints_a_table_and_writes_a_report(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["compare", *files, f"a [long] name of 30 letters or so={tmp_path / 'ft'}", "--limit", "6"]
+    assert main([*typed, "--report", str(tmp_path / "report")]) == 0
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines() if "Wrote" not in line)
+    assert "a [long] name of 30 let…" in shown
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"index.html", "results.json", "results.csv", "items.csv", "pareto.svg", "pareto.png"} <= names
+    found = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert [(each["name"], each["role"], each["items"]) for each in found["measures"]] == [
+        ("task", "task", 6),
+        ("text", "general", 6),
+        ("pairs", "general", 6),
+        ("choices", "general", 6),
+    ]
+    assert found["rows"][1]["scores"] == found["rows"][2]["scores"] | {
+        name: score | {"p": None} for name, score in found["rows"][2]["scores"].items()
+    }
+    generated = found["items"]["task"]["items"]["ft"]
+    assert len(generated) == 6
+    assert main([*typed, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == found["rows"]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--metric", "bleu"], "--metric bleu is unknown"),
+        (["--dtype", "int8"], "--dtype is auto, float32, bfloat16, float16, not int8"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more"),
+        (["--limit", "0"], "--limit must be 1 or more"),
+        (["--device", "cuda:9"], "cuda"),
+        (["--report", "."], "holds something else"),
+        (["--cache", "cli.py"], "cannot be made"),
+        (["--general", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--pre", "nowhere/at/all"], "no such folder 'nowhere/at/all'"),
+        (["nowhere/at/all"], "no such folder 'nowhere/at/all'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(
+    files: list[str], more: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *files, *more]) == 1
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_ctrl_c_shows_the_models_that_are_done(tmp_path: Path) -> None:
+    pre, ft = map(str, pair_of(tmp_path))
+    subjects = open_subjects(pre, ft, [f"one={ft}", f"two={ft}"])
+
+    def observe(label: str, measure: str, done: int, total: int) -> None:
+        if label == stop:
+            raise KeyboardInterrupt
+
+    stop = "two"
+    found = compare(subjects, [Total()], [Total("other")], Scoring(), observe=observe)
+    assert found["stopped"]
+    assert [row["label"] for row in found["rows"]] == ["pre", "ft", "one"]
+    assert found["notes"]
+    stop = "ft"
+    with pytest.raises(KeyboardInterrupt):
+        compare(subjects, [Total()], [Total("other")], Scoring(), observe=observe)
