@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from checkpoints import tiny_llama_pair
+from test_compare import pair_of
+from tiny_model import questions, write
 
 from surgery.__main__ import main
 
@@ -18,7 +21,7 @@ EDITS = ("fapm", "magnitude", "half-reset", "hma", "ties", "dare")
 
 def commands() -> set[str]:
     """Whole commands: `surgery …` in backquotes or on an indented line, with or without a prompt."""
-    text = "\n".join(path.read_text() for path in TEXTS)
+    text = re.sub(r"\\\n +", "", "\n".join(path.read_text() for path in TEXTS))
     quoted = re.findall(r"`(surgery [a-z-]+[^`]*)`", text)
     indented = re.findall(r"^    (?:\$ )?(surgery [a-z-]+.*)$", text, re.MULTILINE)
     return {command.replace("\n", " ") for command in quoted + indented}
@@ -28,13 +31,37 @@ def test_there_are_commands() -> None:
     assert {words.split()[1] for words in commands()} >= set(EDITS)
 
 
-@pytest.mark.parametrize("command", sorted(words for words in commands() if words.split()[1] in EDITS))
+def scores(command: str) -> bool:
+    """Whether it runs the models."""
+    return command.split()[1] in ("compare", "sweep") or "--task" in command
+
+
+@pytest.mark.parametrize(
+    "command", sorted(words for words in commands() if words.split()[1] in EDITS and not scores(words))
+)
 def test_edits_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a tiny pair of our own in place of the models that the command names."""
     monkeypatch.chdir(tmp_path)
     tiny_llama_pair(tmp_path, layers=3)
     words = shlex.split(re.sub(r"--(pre|ft) \S+", "", command))[1:]
     assert main([*words, "--pre", "pre", "--ft", "ft", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("command", sorted(filter(scores, commands())))
+def test_commands_that_score_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny pair, questions and texts under the names in the command; … stands for what an earlier one has."""
+    monkeypatch.chdir(tmp_path)
+    pair_of(tmp_path)
+    assert main(["fapm", "--pre", "pre", "--ft", "ft"]) == 0
+    (tmp_path / "ft").rename(tmp_path / "ckpt-mofo")
+    shutil.copytree("ckpt-mofo", "ft")
+    questions(tmp_path / "test.jsonl", 6)
+    (tmp_path / "wikitext.txt").write_text(" ".join(f"w{n % 80}" for n in range(100)))
+    (tmp_path / "blimp").mkdir()
+    write(tmp_path / "blimp" / "island.jsonl", [{"sentence_good": f"w{n} w1", "sentence_bad": "w2"} for n in range(4)])
+    words = shlex.split(command.replace("…", "--pre pre --ft ft --task test.jsonl --general wikitext.txt"))[1:]
+    words = ["0.5,0.9" if word == "0.5:0.95:0.05" else word.replace("0.01", "1") for word in words]
+    assert main(words) == 0
 
 
 def test_the_commands_around_an_edit_run_in_the_order_of_the_texts(

@@ -60,7 +60,7 @@ class Bench:
         self,
         measures: Sequence[Measure],
         *,
-        cache: Path | None = None,
+        cache: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
         batch: int = 8,

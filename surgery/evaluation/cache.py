@@ -30,8 +30,8 @@ class Cache:
         OutputError: it cannot be made.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder.expanduser() if folder else None
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = Path(folder).expanduser() if folder else None
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

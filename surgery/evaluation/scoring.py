@@ -42,7 +42,7 @@ class Scoring:
     batch_size: int = 8
     dtype: str = "auto"
     device: str = "auto"
-    cache: Path | None = None
+    cache: str | Path | None = None
 
     def measures(self) -> tuple[list[Measure], list[Measure]]:
         """The measures of the task and of general ability, checked before any work.
