@@ -4,6 +4,7 @@ import importlib.abc
 import io
 import itertools
 import json
+import math
 import random
 import shutil
 import sys
@@ -33,13 +34,14 @@ from surgery.demo.skills import (
 )
 from surgery.demo.table import Row, results_table
 from surgery.errors import OutputError, SurgeryError
+from surgery.methods.half_reset import choose
 
 pytest.importorskip("transformers")
 
 from surgery.demo.evaluate import accuracies, distance, exact_match
 from surgery.demo.model import load_model, new_model, save_model
-from surgery.demo.tokens import IGNORED, TOKEN_ID, encode, tokenizer
-from surgery.demo.train import Schedule, train
+from surgery.demo.tokens import END, IGNORED, TOKEN_ID, encode, tokenizer
+from surgery.demo.train import Optimizer, Schedule, adamw, half, mofo, train
 
 TINY = Effort(pre_training_steps=3, fine_tuning_steps=2, items=10)
 
@@ -111,11 +113,11 @@ def test_encode_labels_the_answer_only() -> None:
     short = Item(("recall", "q", "x", "="), ("m", "b"))
     long = Item(("copy", "c", "a", "z", "d", "="), ("c", "a", "z", "d"))
     inputs, labels = encode([short, long])
-    assert inputs.shape == labels.shape == (2, 9)
+    assert inputs.shape == labels.shape == (2, 10)
     ids = TOKEN_ID
-    assert inputs[0].tolist() == [ids["recall"], ids["q"], ids["x"], ids["="], ids["m"], 0, 0, 0, 0]
-    assert labels[0].tolist() == [IGNORED] * 3 + [ids["m"], ids["b"]] + [IGNORED] * 4
-    assert labels[1].tolist() == [IGNORED] * 5 + [ids[word] for word in "cazd"]
+    assert inputs[0].tolist() == [ids["recall"], ids["q"], ids["x"], ids["="], ids["m"], ids["b"], 0, 0, 0, 0]
+    assert labels[0].tolist() == [IGNORED] * 3 + [ids["m"], ids["b"], ids[END]] + [IGNORED] * 4
+    assert labels[1].tolist() == [IGNORED] * 5 + [*(ids[word] for word in "cazd"), ids[END]]
 
 
 def test_the_tokenizer_writes_the_same_ids() -> None:
@@ -131,18 +133,24 @@ def test_exact_match_wants_the_whole_answer() -> None:
 
 
 def test_accuracy_is_that_of_decoding_token_by_token(tmp_path: Path) -> None:
-    save_model(new_model(0), tmp_path)
+    made = new_model(0)
+    with torch.no_grad():  # an untrained model that says the end now and then
+        made.lm_head.weight[TOKEN_ID[END]] *= 3
+    save_model(made, tmp_path)
     saved = load_model(tmp_path)
-    words = list(TOKEN_ID)
-    items = []
-    for index, drawn in enumerate(evaluation_items(_skill("copy"), 8)):
+    words, items = list(TOKEN_ID), list[Item]()
+    for drawn in evaluation_items(_skill("copy"), 1000):
         line = [TOKEN_ID[word] for word in drawn.prompt]
-        for _ in range(3):
+        while line[-1] != TOKEN_ID[END] and len(line) < 12:
             line.append(int(saved(input_ids=torch.tensor([line])).logits[0, -1].argmax()))
-        said = [words[token] for token in line[len(drawn.prompt) :]]
-        if index < 6:  # what it does not say: another first, second or third word
-            said[index % 3] = "a" if said[index % 3] != "a" else "b"
-        items.append(Item(drawn.prompt, tuple(said)))
+        said = [words[token] for token in line[len(drawn.prompt) : -1]]
+        if line[-1] == TOKEN_ID[END] and len(said) > 1:
+            if len(items) < 6:  # what it does not say: another word, or it does not end there
+                said = [*said[:-1], "a" if said[-1] != "a" else "b"] if len(items) % 2 else [*said, "a"]
+            items.append(Item(drawn.prompt, tuple(said)))
+        if len(items) == 8:
+            break
+    assert len(items) == 8
     assert accuracies(tmp_path, {"all": items, "right": items[6:]}) == {"all": 0.25, "right": 1.0}
 
 
@@ -176,7 +184,7 @@ def test_distance_leaves_out_a_tensor_of_zeros(tmp_path: Path) -> None:
 def test_training_repeats_and_saves_an_ordinary_sharded_checkpoint(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         model = new_model(3)
-        train(model, general_skills(3), Schedule(2, 1e-3), 3, lambda: None)
+        train(model, adamw, general_skills(3), Schedule(2, 1e-3), 3, lambda: None)
         save_model(model, tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"} <= set(names)
@@ -196,7 +204,7 @@ def test_the_table_fits_and_shows_worse_as_worse() -> None:
         Row("HMA 0.3,0.2,0.1", "hma", {**dict.fromkeys(skills, 0.1), "rev": 0.6}, 0.25, 12.345),
     ]
     console, text = _console()
-    console.print(results_table(rows, "pairs"))
+    console.print(results_table([rows[:2], rows[2:]], "pairs"))
     lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
     assert max(map(len, lines)) <= 80
     assert "…" not in text.getvalue()
@@ -222,8 +230,9 @@ def test_the_whole_demo_with_a_stand_in_for_the_engine(tmp_path: Path) -> None:
         (surgery.method, surgery.options | (calibration if surgery.method == "wanda" else {})) for surgery in SURGERIES
     ]
     assert {method for method, _ in asked} == {"fapm", "magnitude", "wanda", "half-reset", "hma"}
-    pre, ft, *edited = measured["rows"]
-    assert pre["distance"] == 0.0 < ft["distance"]
+    pre, ft, mofo, hft, *edited = measured["rows"]
+    assert [row["folder"] for row in (pre, ft, mofo, hft)] == ["pre", "ft", "mofo", "hft"]
+    assert pre["distance"] == 0.0 < min(row["distance"] for row in (ft, mofo, hft))
     for row in edited:  # a method that changes nothing is shown to change nothing
         assert (row["skills"], row["downstream"], row["distance"]) == (ft["skills"], ft["downstream"], ft["distance"])
         assert (tmp_path / "out" / row["folder"] / "config.json").is_file()
@@ -231,8 +240,24 @@ def test_the_whole_demo_with_a_stand_in_for_the_engine(tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
     printed = text.getvalue()
     assert all(surgery.label in printed for surgery in SURGERIES)
+    assert "MoFO" in printed
+    assert "HFT" in printed
     out = tmp_path / "out"
     assert printed.splitlines()[-1].strip() == f"surgery fapm --pre {out / 'pre'} --ft {out / 'ft'} --sparsity 0.9"
+
+
+@pytest.mark.parametrize(("make", "steps"), [(mofo, 1), (half, 3)], ids=["mofo", "hft"])
+def test_fine_tuning_with_less_leaves_the_rest_of_the_pre_trained_bits(make: Optimizer, steps: int) -> None:
+    model, start = new_model(1), dict(new_model(1).named_parameters())
+    train(model, make, [NEW_SKILL], Schedule(steps, 1e-3), 1, lambda: None)
+    moved = {name: int((value != start[name]).sum()) for name, value in model.named_parameters()}
+    if make is mofo:
+        assert all(0 < moved[name] <= math.ceil(0.15 * value.numel()) for name, value in start.items())
+    else:
+        blocks = [name for name in start if ".layers." in name]
+        frozen = choose(blocks, 0.5, "category", 1)
+        assert 0 < len(frozen) < len(blocks)
+        assert {name for name, count in moved.items() if count == 0} == frozen
 
 
 def _never(*_: object, **__: object) -> None:

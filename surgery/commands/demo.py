@@ -19,7 +19,7 @@ def _demo(
 ) -> None:
     """Train a small model, fine-tune it until it forgets, repair it with each method, and show what was measured.
 
-    Offline, in about two minutes. Needs transformers: pip install 'model-surgery\\[demo]'.
+    Offline, in about three minutes. Needs transformers: pip install 'model-surgery\\[demo]'.
     """
     from rich.console import Console
 

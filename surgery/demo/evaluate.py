@@ -14,8 +14,8 @@ from surgery.demo.tokens import IGNORED, encode
 def exact_match(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Which items are answered exactly: bool [items], from logits [items, time, vocabulary], labels [items, time].
 
-    The whole answer must be right. Greedy decoding writes an answer exactly when, with the right answer fed in, the
-    most likely token is the right one at every step; so one forward pass decides it. Without an answer: right.
+    The whole answer must be right, and end where it ends. Greedy decoding writes an answer exactly when, with the right
+    answer fed in, the most likely token is the right one at every step; so one forward pass decides it.
     """
     right = logits.argmax(-1) == labels
     return (right | (labels == IGNORED)).all(-1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from surgery.demo.tokens import PAD, TOKEN_ID, VOCABULARY, tokenizer
+from surgery.demo.tokens import END, PAD, TOKEN_ID, VOCABULARY, tokenizer
 
 SHARD_SIZE = "800KB"
 
@@ -24,7 +24,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         pad_token_id=TOKEN_ID[PAD],
         bos_token_id=None,
-        eos_token_id=None,
+        eos_token_id=TOKEN_ID[END],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

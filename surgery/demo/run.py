@@ -1,7 +1,7 @@
-"""`surgery demo`: make a real pair that has forgotten, edit it with each method, and show what was measured.
+"""`surgery demo`: make a real pair that has forgotten, train and edit it with each method, and show what was measured.
 
-Nothing is downloaded, and nothing is chosen by its result: the model, the skills and the two training runs are fixed by
-what the pre-trained and the fine-tuned model score, and each method's row is what came out.
+Nothing is downloaded, and nothing is chosen by its result: the model, the skills and the training are fixed by what
+the pre-trained and the fine-tuned model score, and each method's row is what came out.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from surgery.demo.skills import NEW_SKILL, evaluation_items, general_skills, practice_text
+from surgery.demo.skills import NEW_SKILL, evaluation_items, general_skills, practice_text, write_skills
 from surgery.demo.table import Row, results_table
 from surgery.errors import OutputError, SurgeryError
 
@@ -59,7 +59,7 @@ SURGERIES = (
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work the demo does: steps of the two training runs, evaluation items a skill."""
+    """How much work the demo does: steps of pre-training and of each fine-tuning, evaluation items a skill."""
 
     pre_training_steps: int = 850
     fine_tuning_steps: int = 200
@@ -73,10 +73,11 @@ def demo(
     seed: int = 0,
     effort: Effort = Effort(),
 ) -> dict[str, Any]:
-    """Train a pair, edit it with each of `SURGERIES`, print the table, and return the numbers.
+    """Train a pair, fine-tune with MoFO and HFT too, edit the pair with each of `SURGERIES`, print the table, return the numbers.
 
     Args:
-        out: folder for the checkpoints (`pre`, `ft`, one for each method) and `demo.json`; new or empty.
+        out: folder for the checkpoints (`pre`, `ft`, `mofo`, `hft`, one for each method), the questions as data files
+            (`skills`) and `demo.json`; new or empty.
         console: where progress and the table go.
         edit: runs a method, as `edit(pre, ft, out, method, **options)`, and writes a checkpoint to a new folder `out`.
         seed: of the facts, the initial weights and the batches.
@@ -106,7 +107,7 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
 
     from surgery.demo.evaluate import accuracies, distance
     from surgery.demo.model import load_model, new_model, save_model
-    from surgery.demo.train import FINE_TUNING_RATE, PRE_TRAINING_RATE, Schedule, train
+    from surgery.demo.train import FINE_TUNING_RATE, PRE_TRAINING_RATE, Optimizer, Schedule, adamw, half, mofo, train
 
     general = general_skills(seed)
     questions = {skill.name: evaluation_items(skill, effort.items) for skill in (*general, NEW_SKILL)}
@@ -119,6 +120,13 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
             downstream = skills.pop(NEW_SKILL.name)
             rows.append(Row(label, folder, skills, downstream, distance(out / "pre", out / folder)))
 
+    def fine_tune(phase: str, folder: str, make: Optimizer) -> None:
+        with _timed(seconds, phase), _steps(console, phase, effort.fine_tuning_steps) as advance:
+            model = load_model(out / "pre")
+            schedule = Schedule(effort.fine_tuning_steps, FINE_TUNING_RATE)
+            train(model, make, [NEW_SKILL], schedule, seed + 1, advance)
+            save_model(model, out / folder)
+
     with _quiet_training(torch, transformers):
         model = new_model(seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -126,16 +134,13 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
         _say(console, f"A new Llama of {parameters:,} parameters learns {names}.")
         with _timed(seconds, "pre-training"), _steps(console, "pre-training", effort.pre_training_steps) as advance:
             schedule = Schedule(effort.pre_training_steps, PRE_TRAINING_RATE)
-            train(model, general, schedule, seed, advance)
+            train(model, adamw, general, schedule, seed, advance)
             save_model(model, out / "pre")
         measure("Pre-trained", "pre")
         _say(console, f"Pre-trained in {seconds['pre-training']:.0f} s: general average {rows[0].general:.3f}.")
 
-        with _timed(seconds, "fine-tuning"), _steps(console, "fine-tuning", effort.fine_tuning_steps) as advance:
-            model = load_model(out / "pre")
-            schedule = Schedule(effort.fine_tuning_steps, FINE_TUNING_RATE)
-            train(model, [NEW_SKILL], schedule, seed + 1, advance)
-            save_model(model, out / "ft")
+        # The three differ in the optimizer alone.
+        fine_tune("fine-tuning", "ft", adamw)
         measure("Fine-tuned", "ft")
         _say(
             console,
@@ -143,6 +148,11 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
             f"{rows[0].downstream:.3f} → {rows[1].downstream:.3f}, "
             f"general average {rows[0].general:.3f} → {rows[1].general:.3f}.",
         )
+        for label, folder, make in (("MoFO", "mofo", mofo), ("HFT", "hft", half)):
+            fine_tune(label, folder, make)
+            measure(label, folder)
+        trained = len(rows)
+        write_skills(out / "skills", questions, effort.fine_tuning_steps * NEW_SKILL.share)
         # The general skills stand for the web text that a language model is calibrated on.
         (out / "calibration.txt").write_text(practice_text(general, CALIBRATION_ITEMS), encoding="utf-8")
         for surgery in SURGERIES:
@@ -152,13 +162,13 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
             measure(surgery.label, surgery.folder)
 
     console.print()
-    console.print(results_table(rows, NEW_SKILL.name))
+    console.print(results_table((rows[:2], rows[2:trained], rows[trained:]), NEW_SKILL.name))
     console.print()
     _say(console, "Share of held-out questions answered exactly (facts: of the memorised ones).")
     _say(console, f"AVG.: mean of the general skills. {NEW_SKILL.name.upper()}: the downstream skill, sort each pair.")
     _say(console, "D: distance from pre-trained, mean over tensors of ‖θ − θ0‖ / ‖θ0‖.")
     _say(console, "This is one model of a million parameters; it ranks the methods for no other.")
-    _say(console, f"Checkpoints and demo.json are in {out}; one row again:")
+    _say(console, f"Checkpoints, questions (skills) and demo.json are in {out}; one row again:")
     again = ["surgery", "fapm", "--pre", str(out / "pre"), "--ft", str(out / "ft"), "--sparsity", "0.9"]
     _say(console, "  " + shlex.join(again))
 

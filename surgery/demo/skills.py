@@ -16,11 +16,13 @@ A prompt is held out from training when its checksum says so (one in ten), so th
 every run and cannot be drawn by accident. Facts have no held-out part: recall is asked of the memorised set itself.
 """
 
+import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 DIGITS = tuple("0123456789")
@@ -146,3 +148,13 @@ def evaluation_items(skill: Skill, count: int) -> list[Item]:
         if len(items) == count:
             break
     return list(items.values())
+
+
+def write_skills(folder: Path, questions: Mapping[str, Sequence[Item]], training: int) -> None:
+    """The questions as data files: `general/NAME.jsonl`, `pairs.jsonl`, and `pairs-train.jsonl` with `training` items."""
+    (folder / "general").mkdir(parents=True)
+    train = training_items(NEW_SKILL, random.Random("files"), training)
+    for name, items in {**questions, f"{NEW_SKILL.name}-train": train}.items():
+        path = folder / ("" if name.startswith(NEW_SKILL.name) else "general") / f"{name}.jsonl"
+        rows = ({"prompt": " ".join(item.prompt), "completion": " " + " ".join(item.answer)} for item in items)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -27,17 +27,18 @@ class Row:
         return sum(self.skills.values()) / len(self.skills)
 
 
-def results_table(rows: Sequence[Row], new_skill: str) -> Table:
-    """The rows as a table of at most 80 columns; its numbers are read without colour.
+def results_table(sections: Sequence[Sequence[Row]], new_skill: str) -> Table:
+    """The rows as a table of at most 80 columns, a rule between sections; its numbers are read without colour.
 
-    Edited models stand under a rule, below the two that they are made from (the first two rows). All rows must have
-    the same skills.
+    All rows must have the same skills.
     """
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    for heading in (*rows[0].skills, "AVG.", new_skill.upper(), "D"):
+    for heading in (*sections[0][0].skills, "AVG.", new_skill.upper(), "D"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for index, row in enumerate(rows):
-        shares = (*row.skills.values(), row.general, row.downstream, row.distance)
-        table.add_row(row.label, *(f"{share:.3f}" for share in shares), end_section=index == 1)
+    for rows in sections:
+        for row in rows:
+            shares = (*row.skills.values(), row.general, row.downstream, row.distance)
+            table.add_row(row.label, *(f"{share:.3f}" for share in shares))
+        table.add_section()
     return table

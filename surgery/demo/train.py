@@ -1,4 +1,4 @@
-"""The demo's training: an ordinary loop of AdamW, the same for pre-training and fine-tuning."""
+"""The demo's training: one ordinary loop for pre-training and every fine-tuning, and the optimizers it is given."""
 
 import math
 import random
@@ -11,13 +11,14 @@ from transformers import LlamaForCausalLM
 
 from surgery.demo.skills import Skill, training_items
 from surgery.demo.tokens import IGNORED, encode
+from surgery.optim import MoFO, half_freeze
 
 WARMUP_STEPS = 30
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One training run: AdamW, `steps` steps, linear warm-up to `learning_rate`, then cosine to zero."""
+    """One training run: `steps` steps, linear warm-up to `learning_rate`, then cosine to zero."""
 
     steps: int
     learning_rate: float
@@ -28,9 +29,36 @@ class Schedule:
 PRE_TRAINING_RATE = 4e-3
 FINE_TUNING_RATE = 1e-3
 
+# A short memory of squared gradients (0.98, not 0.999): the run is shorter than AdamW's default would remember.
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+# Of MoFO and HFT: the papers' values, which are the defaults of `surgery train` too.
+ALPHA, FROZEN = 0.15, 0.5
+
+
+def adamw(model: LlamaForCausalLM, seed: int) -> torch.optim.Optimizer:
+    """Full training."""
+    return torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, foreach=True)
+
+
+def mofo(model: LlamaForCausalLM, seed: int) -> torch.optim.Optimizer:
+    """Each step updates the entries with the largest momentum."""
+    return MoFO(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, alpha=ALPHA)
+
+
+def half(model: LlamaForCausalLM, seed: int) -> torch.optim.Optimizer:
+    """Half fine-tuning: AdamW of what a random draw leaves unfrozen."""
+    half_freeze(model, FROZEN, seed=seed)
+    return adamw(model, seed)
+
+
+# Makes the optimizer of a model; the seed is of what it draws.
+Optimizer = Callable[[LlamaForCausalLM, int], torch.optim.Optimizer]
+
 
 def train(
     model: LlamaForCausalLM,
+    make: Optimizer,
     skills: Sequence[Skill],
     schedule: Schedule,
     seed: int,
@@ -38,14 +66,11 @@ def train(
 ) -> None:
     """Train `model` in place on batches that hold `share` items of each skill, never a held-out one.
 
-    The loss is the cross-entropy of the answers' tokens. Same seed, torch and number of threads: the same weights.
-    `on_step` is called after each step.
+    `make` is `adamw`, `mofo` or `half`. The loss is the cross-entropy of the answers' tokens. Same seed, torch and number of
+    threads: the same weights. `on_step` is called after each step.
     """
     rng = random.Random(f"training {seed}")
-    # A short memory of squared gradients (0.98, not 0.999): the run is shorter than AdamW's default would remember.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, foreach=True
-    )
+    optimizer = make(model, seed)
     model.train()
     for step in range(schedule.steps):
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
