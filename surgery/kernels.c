@@ -296,27 +296,94 @@ VECTOR void compare(int pre_dtype, const void *pre, int ft_dtype, const void *ft
     *result = (Compared){total(delta2), total(weight2), same, infinite, from_bits(max_delta), from_bits(max_ratio)};
 }
 
-/* The twins of optim/kernels.py: Adam's moments, and the step of the entries that MoFO chose. Both work in place. */
-VECTOR void moments(float rest1, float beta2, float rest2, int dtype, const void *gradient, size_t n, float *restrict m,
-                    float *restrict v) {
-    float g[BLOCK];
+/* The twins of optim/kernels.py: Adam's moments, and the step of the entries that MoFO chose. Both work in place, and wait for
+ * memory, so that they ask for it early: so many entries ahead, beyond the end too, where asking does nothing. */
+enum { AHEAD = 2 * BLOCK, LINE = 64 };
+enum { MOMENTUM, GRADIENT, RATIO, RANDOM };
+
+INLINE void prefetch(const void *block, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch((const char *)block + i);
+}
+
+/* The top 24 bits of the word that optim/noise.py has for a position. */
+INLINE float uniform(uint64_t position, uint64_t key) {
+    uint64_t x = position * 0x9e3779b97f4a7c15u + key;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return (float)(int32_t)((x ^ x >> 31) >> 40);
+}
+
+/* Append the values of a block that are flagged with 1, looking at 64 flags at a time. */
+INLINE int64_t collect_sparse(const uint8_t *flags, const float *values, float *out, int64_t count) {
+    for (size_t i = 0; i < BLOCK; i += 64) {
+        uint64_t set = 0;
+        for (size_t j = 0; j < 64; j += 8) {
+            uint64_t eight;
+            memcpy(&eight, flags + i + j, 8);
+            set |= (eight * 0x0102040810204080u >> 56) << j; /* byte 0 becomes bit 0 */
+        }
+        for (; set; set &= set - 1) out[count++] = values[i + (size_t)__builtin_ctzll(set)];
+    }
+    return count;
+}
+
+/* `scores`, if not null, takes the scores; `inside` has room for n, or is null. */
+VECTOR void advance(int kind, uint64_t key, uint64_t first, float rest1, float beta2, float rest2, int dtype,
+                    const void *gradient, size_t n, float *restrict m, float *restrict v, float *restrict scores, float low,
+                    float high, float *restrict inside, Counted *result) {
+    int64_t above_low = 0, above_high = 0, collected = 0;
+    size_t width = dtype == F32 ? 4 : 2;
+    float g[BLOCK], s[BLOCK];
+    uint8_t between[BLOCK];
     for (size_t start = 0; start < n; start += BLOCK) {
         size_t size = n - start < BLOCK ? n - start : BLOCK;
+        uint32_t lows = 0, highs = 0;
+        prefetch((const char *)gradient + (start + AHEAD) * width, BLOCK * width);
+        prefetch(m + start + AHEAD, sizeof g);
+        prefetch(v + start + AHEAD, sizeof g);
         widen_block(dtype, gradient, start, size, g);
         for (size_t i = 0; i < size; i++) {
             m[start + i] += rest1 * (g[i] - m[start + i]);
             v[start + i] = beta2 * v[start + i] + rest2 * (g[i] * g[i]);
         }
+        if (kind == MOMENTUM)
+            memcpy(s, m + start, size * sizeof(float));
+        else if (kind == GRADIENT)
+            memcpy(s, g, size * sizeof(float));
+        else if (kind == RATIO)
+            for (size_t i = 0; i < size; i++) {
+                float value = m[start + i] / sqrtf(v[start + i]);
+                s[i] = m[start + i] == 0.0f ? 0.0f : value;
+            }
+        else
+            for (size_t i = 0; i < size; i++) s[i] = uniform(first + start + i, key);
+        if (scores) memcpy(scores + start, s, size * sizeof(float));
+        for (size_t i = 0; i < BLOCK; i++) s[i] = fabsf(s[i]);
+        for (size_t i = size; i < BLOCK; i++) s[i] = -INFINITY;
+        for (size_t i = 0; i < BLOCK; i++) {
+            lows += s[i] > low;
+            highs += s[i] > high;
+            between[i] = (uint8_t)((s[i] > low) ^ (s[i] > high));
+        }
+        if (inside && lows != highs) collected = collect_sparse(between, s, inside, collected);
+        above_low += lows, above_high += highs;
     }
+    *result = (Counted){above_low, above_high, collected};
 }
 
 /* Chosen: a |score| above the threshold, or tied with it among the first `ties` entries. NaN counts as -inf. */
 VECTOR void descend(const float *score, float threshold, size_t ties, float decay, float rate, float root, float epsilon,
                     const float *m, const float *v, size_t n, float *restrict p) {
-    for (size_t i = 0; i < n; i++) {
-        float size = score[i] == score[i] ? fabsf(score[i]) : -INFINITY;
-        float next = p[i] * decay - rate * (m[i] / (sqrtf(v[i]) / root + epsilon));
-        int chosen = (size > threshold) | ((i < ties) & (size == threshold));
-        p[i] = chosen ? next : p[i];
+    for (size_t start = 0; start < n; start += BLOCK) {
+        size_t end = n - start < BLOCK ? n : start + BLOCK;
+        prefetch(m + start + AHEAD, BLOCK * sizeof(float));
+        prefetch(v + start + AHEAD, BLOCK * sizeof(float));
+        prefetch(p + start + AHEAD, BLOCK * sizeof(float));
+        for (size_t i = start; i < end; i++) {
+            float size = score[i] == score[i] ? fabsf(score[i]) : -INFINITY;
+            float next = p[i] * decay - rate * (m[i] / (sqrtf(v[i]) / root + epsilon));
+            int chosen = (size > threshold) | ((i < ties) & (size == threshold));
+            p[i] = chosen ? next : p[i];
+        }
     }
 }

@@ -11,27 +11,67 @@ from functools import cache
 import numpy as np
 
 from surgery import kernels
-from surgery.kernels import Array, Floats
+from surgery.kernels import Array, Counted, Floats
+from surgery.optim import noise
+
+# low, high, and whether to collect: as `selection.Search` draws it.
+Bracket = tuple[np.float32, np.float32, bool]
+NOTHING: Bracket = (np.float32(np.inf), np.float32(np.inf), False)
 
 
-def moments(dtype: str, gradient: Array, m: Floats, v: Floats, beta1: float, beta2: float) -> None:
-    """m ← m + (1 − β₁)(g − m) and v ← β₂v + (1 − β₂)g².
+# What C calls each filter.
+_FILTERS = {"momentum": 0, "gradient": 1, "mv": 2, "random": 3}
+
+
+def advance(
+    score: str,
+    draw: tuple[int, int],
+    dtype: str,
+    gradient: Array,
+    m: Floats,
+    v: Floats,
+    betas: tuple[float, float],
+    scores: Floats | None,
+    bracket: Bracket,
+) -> Counted:
+    """m ← m + (1 − β₁)(g − m) and v ← β₂v + (1 − β₂)g²; then score, and count and collect |scores| as `kernels.count` does.
 
     Args:
+        score: "momentum": m; "gradient": g; "mv": m / √v, 0 where m = 0; "random": a whole number below 2²⁴.
+        draw: key and first position of the random numbers.
         gradient: raw, of dtype "BF16", "F16" or "F32" (see `surgery.kernels`).
         m, v: one-dimensional, contiguous, as long.
+        scores: as long, to write the scores into; None: they are not kept.
+        bracket: low, high, and whether to collect.
     """
-    rest1, keep, rest2 = np.float32(1 - beta1), np.float32(beta2), np.float32(1 - beta2)
+    rest1, keep, rest2 = np.float32(1 - betas[0]), np.float32(betas[1]), np.float32(1 - betas[1])
+    low, high, collect = bracket
     if kernels.native and dtype in kernels.native.dtypes:
-        _library().moments(
-            *(rest1, keep, rest2, kernels.native.dtypes[dtype], gradient.ctypes.data, len(m)),
-            *(m.ctypes.data, v.ctypes.data),
+        inside, result = np.empty(len(m) if collect else 0, np.float32), np.empty(3, np.int64)
+        _library().advance(
+            *(_FILTERS[score], *draw, rest1, keep, rest2, kernels.native.dtypes[dtype], gradient.ctypes.data, len(m)),
+            *(m.ctypes.data, v.ctypes.data, None if scores is None else scores.ctypes.data),
+            *(low, high, inside.ctypes.data if collect else None, result.ctypes.data),
         )
-        return
+        above_low, above_high, collected = result.tolist()
+        return Counted(above_low, above_high, inside[:collected].copy())
+    key, first = draw
     with np.errstate(all="ignore"):
         g = kernels.widen(dtype, gradient)
         m += rest1 * (g - m)
         v[:] = keep * v + rest2 * (g * g)
+        if score == "mv":
+            found = np.where(m == 0, np.float32(0), m / np.sqrt(v))
+        elif score == "random":
+            found = noise.uniform(noise.words(np.arange(first, first + len(m)), key)).astype(np.float32)
+        else:
+            found = m if score == "momentum" else g
+    if scores is not None:
+        scores[:] = found
+    size = np.abs(found)
+    lows, highs = size > low, size > high
+    inside = size[lows ^ highs] if collect else size[:0]
+    return Counted(int(np.count_nonzero(lows)), int(np.count_nonzero(highs)), inside)
 
 
 def descend(
@@ -71,7 +111,11 @@ def _library() -> ctypes.CDLL:
     assert kernels.native
     library = kernels.native.library
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
-    library.moments.argtypes = [*[number] * 3, ctypes.c_int, pointer, size, pointer, pointer]
+    code, word = ctypes.c_int, ctypes.c_uint64
+    library.advance.argtypes = [
+        *(code, word, word, number, number, number, code, pointer, size),
+        *(pointer, pointer, pointer, number, number, pointer, pointer),
+    ]
     library.descend.argtypes = [pointer, number, size, *[number] * 4, pointer, pointer, size, pointer]
-    library.moments.restype = library.descend.restype = None
+    library.advance.restype = library.descend.restype = None
     return library

@@ -16,17 +16,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from surgery import kernels
 from surgery.actions import Prune
-from surgery.kernels import Floats
+from surgery.kernels import Counted, Floats
 from surgery.methods import magnitude
+from surgery.optim.kernels import Bracket
 from surgery.optim.piece import Piece
-from surgery.selection import Search, runs
+from surgery.selection import Search
 
 CHUNK = 1 << 18
 # How a function is mapped over chunks: `map`, or that of a pool of threads.
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+# Runs of a sample, and the entries of a run. A tensor of twice as many is sorted whole.
+RUNS, RUN = 128, 128
+SAMPLE = 2 * RUNS * RUN
+_SHIFTS = np.random.default_rng(0).random(RUNS)
 
 # |Δ| with a pre of zeros is |score|, so that pruning's pass over a chunk does for MoFO.
 _SCORE = Prune(magnitude.score, 0.0, kernel="magnitude")
@@ -39,36 +46,43 @@ def slices(n: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
 
 
-def largest(scores: Floats, k: int, each: Each) -> tuple[np.float32, int]:
+def places(n: int) -> NDArray[np.int64]:
+    """Where to sample more than `SAMPLE` entries: [runs, entries of a run].
+
+    Fewer than for pruning, where a second pass over the scores reads two files again; here they are in memory.
+    """
+    # A run of neighbours in each stretch, at a place that no regularity of the tensor follows.
+    starts = ((np.arange(RUNS) + _SHIFTS) * ((n - RUN) / RUNS)).astype(np.int64)
+    return starts[:, None] + np.arange(RUN)
+
+
+def largest(search: Search, passed: list[Counted], scores: Floats, each: Each) -> tuple[np.float32, int]:
     """The threshold and the ties of the k largest |scores|.
 
     Args:
+        search: of the (n − k + 1)-th smallest |score|, 1 ≤ k < n, after its first bracket.
+        passed: what was counted in that bracket, chunk by chunk.
         scores: float32 [n], contiguous.
-        k: 1 ≤ k ≤ n.
         each: maps over chunks; the result does not depend on it.
     """
     n = len(scores)
-    if k == n:
-        return np.float32(-np.inf), n
-    starts, length = runs(n)
-    search = Search(np.abs(np.lib.stride_tricks.sliding_window_view(scores, length)[starts]), n, n - k + 1)
     above = n - int(np.searchsorted(search.sample, search.threshold, "right"))
     tied = n - above - int(np.searchsorted(search.sample, search.threshold, "left"))
     while not search.found:
-        bracket = search.bracket()
-        passed = list(each(partial(_count, bracket), (scores[at] for at in slices(n))))
         above_low, above_high = sum(part.above_low for part in passed), sum(part.above_high for part in passed)
         inside = np.concatenate([part.inside for part in passed])
         search.narrow(above_low, above_high, inside)
         above = above_high + int(np.count_nonzero(inside > search.threshold))
         tied = int(np.count_nonzero(inside == search.threshold)) if search.collect else above_low - above_high
+        if not search.found:
+            passed = list(each(partial(_count, search.bracket()), (scores[at] for at in slices(n))))
     if search.threshold == -np.inf:
         tied = n - above
-    wanted = k - above
+    wanted = n - search.r + 1 - above
     return search.threshold, n if tied == wanted else _end_of_ties(scores, search.threshold, wanted)
 
 
-def _count(bracket: tuple[np.float32, np.float32, bool], scores: Floats) -> kernels.Counted:
+def _count(bracket: Bracket, scores: Floats) -> Counted:
     return kernels.count(_SCORE, np.float32(0), bracket, "BF16", _ZEROS[: len(scores)], "F32", scores)
 
 

@@ -26,7 +26,6 @@ from torch.optim.optimizer import ParamsT
 
 from surgery.errors import OptionError
 from surgery.methods.scope import finite, one_of
-from surgery.optim import noise
 from surgery.optim.largest import CHUNK
 from surgery.optim.piece import is_spread, piece_of
 from surgery.optim.update import DTYPES, Update, on_cpu, on_device
@@ -183,7 +182,7 @@ class MoFO(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             score=group["filter"],
             stochastic=group["rounding"] == "stochastic" and p.dtype == torch.bfloat16,
-            key=noise.key(group["seed"], ordinal, step),
+            key=(group["seed"], ordinal, step),
         )
         flat = update.param
         return update, None if local.is_contiguous() else lambda: local.copy_(flat.view_as(local))

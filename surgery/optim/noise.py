@@ -34,5 +34,10 @@ def words(positions: Words, key: int) -> Words:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
+def uniform(words: Words) -> Words:
+    """The words' top 24 bits: whole numbers that float32 has, int64."""
+    return words >> 40 & (1 << 24) - 1
+
+
 def _signed(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

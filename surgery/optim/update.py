@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
 from surgery import kernels
-from surgery.kernels import Array, Floats
+from surgery.kernels import Array, Counted, Floats
 from surgery.optim import noise
-from surgery.optim.kernels import descend, moments
-from surgery.optim.largest import Each, chosen, largest, largest_of_pieces, slices
+from surgery.optim.kernels import NOTHING, Bracket, advance, descend
+from surgery.optim.largest import SAMPLE, Each, chosen, largest, largest_of_pieces, places, slices
 from surgery.optim.piece import Piece
+from surgery.selection import Search
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 FUSED = ("cpu", "cuda", "mps", "xpu")
@@ -40,7 +42,7 @@ class Update:
         step: t, from 1.
         score: "momentum", "gradient", "mv" or "random".
         stochastic: round up or down to bfloat16 by chance, in proportion to the distance.
-        key: of this parameter's random numbers in this step.
+        key: seed, ordinal of the parameter and step, of the random numbers.
     """
 
     param: torch.Tensor
@@ -57,7 +59,7 @@ class Update:
     weight_decay: float
     score: str
     stochastic: bool
-    key: int
+    key: tuple[int, int, int]
 
     @property
     def all(self) -> bool:
@@ -70,9 +72,13 @@ class Update:
         rate = self.lr / (1 - beta1**self.step)
         return 1 - self.lr * self.weight_decay, rate, math.sqrt(1 - beta2**self.step), self.eps
 
+    def key_for(self, purpose: int) -> int:
+        """The key of this step's random numbers for this parameter: 0 for the choice of entries, 1 for rounding."""
+        return noise.key(noise.key(*self.key), purpose)
+
     def noise(self, positions: noise.Words, purpose: int) -> noise.Words:
         """Random words for entries, by where they lie in the whole tensor."""
-        return noise.words(self.piece.positions(positions) if self.piece else positions, noise.key(self.key, purpose))
+        return noise.words(self.piece.positions(positions) if self.piece else positions, self.key_for(purpose))
 
 
 def on_cpu(update: Update, each: Each) -> None:
@@ -82,14 +88,8 @@ def on_cpu(update: Update, each: Each) -> None:
         each: maps over chunks, perhaps in several threads; the bits of the result do not depend on it.
     """
     param, name = _array(update.param), DTYPES[update.param.dtype]
-    gradient, gradient_name = _array(update.gradient), DTYPES[update.gradient.dtype]
     m, v = _array(update.m), _array(update.v)
-    scores: Floats = m if update.score == "momentum" or update.all else np.empty_like(m)
-
-    def advance(at: slice) -> None:
-        moments(gradient_name, gradient[at], m[at], v[at], *update.betas)
-        if scores is not m:
-            scores[at] = _scores(update, at, kernels.widen(gradient_name, gradient[at]), m[at], v[at])
+    scores, threshold, ties = _advance(update, each)
 
     def settle(at: slice) -> None:
         if update.master is not None:
@@ -100,24 +100,52 @@ def on_cpu(update: Update, each: Each) -> None:
         if name != "F32":
             param[at] = _dithered(values, update, at) if update.stochastic else kernels.narrow(values, name)
 
-    list(each(advance, slices(len(m))))
-    if update.all:
-        scores, threshold, ties = m, np.float32(-np.inf), len(m)
-    elif update.piece:
-        number, ties = largest_of_pieces(torch.from_numpy(scores), update.k, update.piece)
-        threshold = np.float32(number)
-    else:
-        threshold, ties = largest(scores, update.k, each)
     list(each(settle, slices(len(m))))
 
 
-def _scores(update: Update, at: slice, gradient: Floats, m: Floats, v: Floats) -> Floats:
-    if update.score == "gradient":
-        return gradient
-    if update.score == "mv":
-        with np.errstate(all="ignore"):
-            return np.where(m == 0, np.float32(0), m / np.sqrt(v))
-    return (update.noise(np.arange(at.start, at.stop), 0) >> 40 & (1 << 24) - 1).astype(np.float32)
+def _advance(update: Update, each: Each) -> tuple[Floats, np.float32, int]:
+    """Move the moments on.
+
+    Returns:
+        The scores, [n], and the threshold and the ties of those that are chosen, as `optim.largest` has them.
+    """
+    gradient, name = _array(update.gradient), DTYPES[update.gradient.dtype]
+    m, v = _array(update.m), _array(update.v)
+    score = "momentum" if update.all else update.score
+    key = update.key_for(0) if score == "random" else 0
+    stored: Floats | None = None
+    if score == "momentum":
+        scores: Floats = m
+    elif score == "gradient" and name == "F32":
+        scores = gradient
+    else:
+        scores = stored = np.empty_like(m)
+
+    def chunk(bracket: Bracket, at: slice) -> Counted:
+        kept = None if stored is None else stored[at]
+        return advance(score, (key, at.start), name, gradient[at], m[at], v[at], update.betas, kept, bracket)
+
+    if update.all:
+        list(each(partial(chunk, NOTHING), slices(len(m))))
+        return scores, np.float32(-np.inf), len(m)
+    if update.piece:
+        list(each(partial(chunk, NOTHING), slices(len(m))))
+        if score == "random":
+            scores[:] = noise.uniform(update.noise(np.arange(len(m)), 0))
+        number, ties = largest_of_pieces(torch.from_numpy(scores), update.k, update.piece)
+        return scores, np.float32(number), ties
+    n = len(m)
+    if n <= SAMPLE:
+        chunk(NOTHING, slice(0, n))
+        return scores, *largest(Search(np.abs(scores)[None], n, n - update.k + 1), [], scores, each)
+    at = places(n)
+    drawn = np.empty(at.size, np.float32)
+    # Only one filter looks at v. Random scores are as good a sample wherever they lie.
+    squares = v[at].ravel() if score == "mv" else np.zeros_like(drawn)
+    advance(score, (key, 0), name, gradient[at].ravel(), m[at].ravel(), squares, update.betas, drawn, NOTHING)
+    search = Search(np.abs(drawn).reshape(at.shape), n, n - update.k + 1)
+    passed = list(each(partial(chunk, search.bracket()), slices(n)))
+    return scores, *largest(search, passed, scores, each)
 
 
 def _dithered(values: Floats, update: Update, at: slice) -> Array:
@@ -166,9 +194,8 @@ def _mask(update: Update, gradient: torch.Tensor) -> torch.Tensor:
     elif update.score == "mv":
         scores = torch.where(update.m == 0, 0, update.m / update.v.sqrt())
     else:
-        scores = (update.noise(torch.arange(len(gradient), device=gradient.device), 0) >> 40 & (1 << 24) - 1).to(
-            gradient.dtype
-        )
+        words = update.noise(torch.arange(len(gradient), device=gradient.device), 0)
+        scores = noise.uniform(words).to(gradient.dtype)
     if not update.piece:
         return chosen(scores, update.k)
     threshold, ties = largest_of_pieces(scores, update.k, update.piece)

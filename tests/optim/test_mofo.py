@@ -141,7 +141,8 @@ def test_nan_counts_as_the_smallest(place: str, monkeypatch: pytest.MonkeyPatch)
         assert len(expected) == max(0, k - sum(not math.isnan(g) for g in gradient))
 
 
-def test_the_compiled_kernels_and_numpy_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("score", mofo.FILTERS)
+def test_the_compiled_kernels_and_numpy_give_the_same_bits(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(600, 500) for _ in range(3)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -151,7 +152,8 @@ def test_the_compiled_kernels_and_numpy_give_the_same_bits(monkeypatch: pytest.M
             with monkeypatch.context() as patch:
                 go_to(place, patch)
                 given_gradients = [g.to(dtype) for g in gradients]
-                results.append(trained(start, given_gradients, weight_decay=0.1, rounding="stochastic")[0])
+                options = {"weight_decay": 0.1, "rounding": "stochastic", "filter": score}
+                results.append(trained(start, given_gradients, **options)[0])
         np.testing.assert_array_equal(bits(results[0]), bits(results[1]))
 
 
