@@ -31,6 +31,7 @@ from surgery.rows import Row, read
 
 PLAIN = ".txt"
 DATA = (PLAIN, *ENDINGS)
+SPLITS = ("train", "test", "valid", "validation", "val", "dev", "eval", "data")  # what many files are called
 KNOWN = ("perplexity", "loss", *METRICS, "acc", "acc_norm")
 
 
@@ -147,9 +148,9 @@ def _source(spec: str) -> list[Source]:
 
 
 def _name(source: Source, files: Sequence[Source], taken: set[str]) -> str:
-    """The shortest name that no other file has."""
+    """The shortest name that says something and that no other file has."""
     forms: list[Callable[[Path], str]] = [
-        lambda path: path.stem,
+        lambda path: f"{path.absolute().parent.name}/{path.stem}" if path.stem in SPLITS else path.stem,
         lambda path: f"{path.absolute().parent.name}/{path.stem}",
         lambda path: str(path),
     ]

@@ -278,12 +278,10 @@ def test_words_name_files_folders_and_metrics_and_names_differ(tmp_path: Path) -
     first, second = write(tmp_path / "gsm" / "test.jsonl", ASKED), write(tmp_path / "arc" / "test.jsonl", CHOICES)
     other = write(tmp_path / "comma,s" / "b.jsonl", ASKED)
     assert names(find_measures([f"{first}, {second.parent}"])) == ["gsm/test", "arc/test"]
-    assert names(find_measures([str(first), str(other.parent)])) == [
-        "test",
-        "b",
-    ]  # no comma splits a path that is there
+    # No comma splits a path that is there.
+    assert names(find_measures([str(first), str(other.parent)])) == ["gsm/test", "b"]
     assert names(find_measures([f"{first},{second}", f"{other}:loss"])) == ["gsm/test", "arc/test", "b"]
-    assert names(find_measures([f"{first}:loss, {first}:numeric"])) == ["test:loss", "test:numeric"]
+    assert names(find_measures([f"{first}:loss, {first}:numeric"])) == ["gsm/test:loss", "gsm/test:numeric"]
     with pytest.raises(OptionError, match="twice"):
         find_measures([str(first), str(first)])
 
