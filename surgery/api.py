@@ -14,7 +14,7 @@ edit, whether it was written or not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Edit:
 
 
 Model = str | Path | Edit
+Measures = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def edit(
 
 def evaluate(
     model: Model,
-    measures: Sequence[str],
+    measures: Measures,
     *,
     pre: str | Path | None = None,
     metric: str | None = None,
@@ -161,7 +162,7 @@ def evaluate(
     """Score one model.
 
     Args:
-        measures: files, `FILE:METRIC`, folders of files, or tasks of lm-evaluation-harness.
+        measures: files, `FILE:METRIC`, folders of files, or tasks of lm-evaluation-harness; one, or several.
         pre: what an adapter, a GGUF file or a task vector builds on.
         metric: of the files; by default what their fields allow.
         limit: items of each measure at most, the first ones.
@@ -177,7 +178,7 @@ def evaluate(
 
     scoring = Scoring(**options)
     found = find_measures(
-        measures,
+        _names(measures),
         metric=metric,
         limit=limit,
         seq_len=scoring.seq_len,
@@ -191,10 +192,10 @@ def evaluate(
 
 def compare(
     pair: Pair,
-    models: Sequence[Model] | Mapping[str, Model] = (),
+    models: Model | Sequence[Model] | Mapping[str, Model] = (),
     *,
-    task: Sequence[str],
-    general: Sequence[str],
+    task: Measures,
+    general: Measures,
     metric: str | None = None,
     limit: int | None = None,
     **options: Any,
@@ -202,7 +203,7 @@ def compare(
     """Score pre, ft and others, and put them on one table: what each kept of the task, and what it forgot.
 
     Args:
-        models: beside the pair; names for their rows as keys.
+        models: beside the pair; names for their rows as keys. One that cannot be scored has no row, and a note says why.
         task, general: measures, as for `evaluate`.
         metric: of the task's files.
         limit: items of each measure at most, the first ones.
@@ -210,18 +211,26 @@ def compare(
 
     Raises:
         OptionError: two rows have one name.
-        SurgeryError: a model or a measure is not as it should be.
+        SurgeryError: a model cannot be opened, or pre, ft or a measure is not as it should be.
     """
     from surgery import comparison
 
-    scoring = Scoring(task=tuple(task), general=tuple(general), metric=metric, limit=limit, **options)
-    named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
+    scoring = Scoring(task=_names(task), general=_names(general), metric=metric, limit=limit, **options)
+    named: Iterable[tuple[str | None, Model]]
+    if isinstance(models, Mapping):
+        named = ((str(label), model) for label, model in models.items())
+    else:
+        named = ((None, model) for model in ([models] if isinstance(models, Model) else models))
     subjects = [base_subject(pair.pre), tuned_subject(pair)]
     subjects += [_subject(model, pair.pre, label) for label, model in named]
     labels = [subject.label for subject in subjects]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise OptionError(f"Two rows are named {twice.pop()}. Give models with names: {{name: model}}.")
     return Comparison(comparison.compare(subjects, *scoring.measures(), scoring))
+
+
+def _names(measures: Measures) -> tuple[str, ...]:
+    return tuple(map(str, [measures] if isinstance(measures, str | Path) else measures))
 
 
 def _method(method: str | Method, parameters: dict[str, Any]) -> Method:

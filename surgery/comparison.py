@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from surgery import report
+from surgery.errors import CheckpointError
 from surgery.evaluation.bench import Observe, Scored
 from surgery.evaluation.scores import Floats, Measure, against, limits
 from surgery.evaluation.scoring import Scoring
@@ -125,24 +126,31 @@ def compare(
         observe: told of the progress.
 
     Returns:
-        What results.json holds; after Ctrl-C that of the models that were done, with "stopped".
+        What results.json holds; after Ctrl-C that of the models that were done, with "stopped". Under "failed" and in the
+        notes, a sentence for each model beside pre and ft that cannot be scored, and has no row.
 
     Raises:
-        SurgeryError: a model cannot be scored.
+        SurgeryError: pre or ft cannot be scored, or a measure or an option does not fit them.
         KeyboardInterrupt: Ctrl-C before pre and ft were done.
     """
-    begun, done, stopped = time.monotonic(), list[Scored](), False
+    begun, done, failed, stopped = time.monotonic(), list[Scored](), list[str](), False
     with scoring.bench([*tasks, *general], observe) as bench:
         try:
-            done += map(bench.score, subjects)
+            for subject in subjects:
+                try:
+                    done.append(bench.score(subject))
+                except CheckpointError as error:
+                    if len(done) < 2:
+                        raise
+                    failed.append(f"The row {subject.label} is left out: {error}")
         except KeyboardInterrupt:
             if len(done) < 2:
                 raise
             stopped = True
     plane = Plane(done[0], done[1], tasks, general)
-    notes = [STOPPED] if stopped else []
+    notes = [*failed, *([STOPPED] if stopped else [])]
     found = document(plane, done[2:], command=command, notes=notes, seconds=time.monotonic() - begun)
-    return found | {"stopped": stopped}
+    return found | {"stopped": stopped, "failed": failed}
 
 
 def document(
@@ -172,7 +180,7 @@ def document(
         "kind": kind,
         "command": list(command),
         "versions": report.versions() | {"transformers": version("transformers")},
-        "notes": list(notes),
+        "notes": [*_tokens(plane, scored), *notes],
         "pre": report.provenance(plane.pre.subject.checkpoint),
         "ft": report.provenance(plane.ft.subject.checkpoint),
         "measures": [
@@ -211,7 +219,8 @@ def items_as_csv(found: dict[str, Any]) -> bytes:
     writer.writerow(["measure", "item", "label", "value", "weight"])
     for name, held in found["items"].items():
         for label, values in held["values"].items():
-            for number, (value, weight) in enumerate(zip(values, held["weights"], strict=True)):
+            weights = held["other_weights"].get(label, held["weights"])
+            for number, (value, weight) in enumerate(zip(values, weights, strict=True)):
                 writer.writerow([name, number, label, value, weight])
     return text.getvalue().encode(errors="backslashreplace")
 
@@ -259,9 +268,25 @@ def _items(models: Sequence[Scored], name: str) -> dict[str, Any]:
     first = models[0].scores[name]
     return {
         "weights": first.weights.tolist(),
+        # Another tokenizer makes another number of tokens, and may make another number of windows.
+        "other_weights": {
+            label: scores.weights.tolist()
+            for label, scores in held.items()
+            if not np.array_equal(scores.weights, first.weights)
+        },
         "values": {label: [_finite(value) for value in scores.values.tolist()] for label, scores in held.items()},
         "items": {label: list(scores.items) for label, scores in held.items() if len(scores.items)},
     }
+
+
+def _tokens(plane: Plane, models: Sequence[Scored]) -> list[str]:
+    """A sentence for each model whose losses are over other tokens than ft's: another tokenizer, or a shorter context."""
+    names = [measure.name for measure in (*plane.tasks, *plane.general) if measure.kind != "share"]
+    return [
+        f"{model.subject.label} reads the text in other tokens or windows than ft: losses and perplexities do not compare."
+        for model in models
+        if any(not np.array_equal(model.scores[name].weights, plane.ft.scores[name].weights) for name in names)
+    ]
 
 
 def _pareto(rows: Sequence[dict[str, Any]]) -> list[bool]:

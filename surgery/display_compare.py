@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from surgery.report import dumps
 
 if TYPE_CHECKING:
     from surgery.evaluation.bench import Observe
+    from surgery.results import Folder
 
 # A paired test calls a score another one than ft's below this p.
 DIFFERENT = 0.05
@@ -59,12 +61,20 @@ def scoring_progress(models: int | None) -> Iterator[Observe]:
         yield observe
 
 
-def show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:
-    """Print a comparison.
+def show(document: dict[str, Any], folder: Folder | None, *, as_json: bool) -> None:
+    """Write a comparison to its folder, and print it.
 
-    Args:
-        written: sentences about the files that were written.
+    Raises:
+        OutputError: the folder cannot be written; it was printed all the same, for it took hours.
     """
+    written: Sequence[str] = ()
+    try:
+        written = folder.write(document) if folder else ()
+    finally:
+        _show(document, written, as_json=as_json)
+
+
+def _show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:
     if as_json:
         sys.stdout.buffer.write(dumps(document))
         sys.stdout.flush()
@@ -117,14 +127,15 @@ def _task(document: dict[str, Any], row: dict[str, Any]) -> str:
 def _scores(document: dict[str, Any], width: int) -> Iterator[Table]:
     """The scores on each measure, in as many tables as the width takes."""
     rows, measures = document["rows"], document["measures"]
-    labels = max(len(_label(row)) for row in rows)
+    labels = max(cell_len(text) for text in ("Model", *map(_label, rows)))
     cells = {measure["name"]: [_score(row, measure["name"]) for row in rows] for measure in measures}
     while measures:
         taken: list[dict[str, Any]] = []
-        room = width - labels
+        room = width - labels - 2
         for measure in measures:
-            words = max(map(len, readable(measure["name"]).split())) if " " in measure["name"] else 0
-            needed = 2 + max(*(len(cell) for cell in cells[measure["name"]]), min(words or 16, len(measure["name"])))
+            name = readable(measure["name"])
+            words = max(map(cell_len, name.split()), default=0) if " " in name else 0
+            needed = 2 + max(*(len(cell) for cell in cells[measure["name"]]), min(words or 16, cell_len(name)))
             if taken and needed > room:
                 break
             taken.append(measure)
@@ -154,7 +165,7 @@ def _best(rows: Sequence[dict[str, Any]], key: str, highest: bool) -> float | No
 
 def _label(row: dict[str, Any]) -> str:
     text = readable(row["label"])
-    return text if len(text) <= LABEL else f"{text[: LABEL - 1]}…"
+    return text if cell_len(text) <= LABEL else f"{chop_cells(text, LABEL - 1)[0]}…"
 
 
 def _number(value: float | None) -> str:

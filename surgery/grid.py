@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 from typing import Any
 
 from surgery.errors import OptionError
@@ -18,6 +18,7 @@ PAPER = (
     *((0.65, 0.8, 0.95), (0.7, 0.8, 0.9), (0.8, 0.8, 0.8), (0.9, 0.8, 0.7), (0.95, 0.8, 0.65)),
 )
 MOST = 1000  # settings of one option
+EXACT = 10**15  # whole numbers up to here are floats, too
 # The number of a method that a sweep changes.
 MAIN = ("sparsity", "drop_rate", "ratio", "ratios")
 
@@ -82,7 +83,11 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         first, last, step = ends
         if step <= 0 or last < first:
             raise OptionError(f"{option} {part}: a range goes up, from the first number to the second by the third.")
-        if (last - first) / step >= MOST:
+        try:
+            many = (last - first) / step >= MOST
+        except Overflow:
+            many = True
+        if many:
             raise OptionError(f"{option} {part}: more than {MOST:,} numbers. Take a larger step.")
         count = int((last - first) / step) + 1
         found |= dict.fromkeys(float(first + step * place) for place in range(count))
@@ -97,8 +102,8 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     """
     found = numbers(text, option)
     for value in found:
-        if value != int(value):
-            raise OptionError(f"{option} takes whole numbers, not {number(value)}.")
+        if not value.is_integer() or abs(value) > EXACT:
+            raise OptionError(f"{option} takes whole numbers of at most 15 digits, not {number(value)}.")
     return tuple(map(int, found))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from surgery.errors import OutputError
+from surgery.paths import expanded
 
 
 class OutFile:
@@ -22,7 +23,7 @@ class OutFile:
     """
 
     def __init__(self, path: Path, endings: tuple[str, ...], option: str) -> None:
-        self.path, self.option = path.expanduser(), option
+        self.path, self.option = expanded(path), option
         if self.path.suffix.lower() not in endings:
             raise OutputError(f"{option} {path}: the name must end in {' or '.join(endings)}.")
         if self.path.is_dir():

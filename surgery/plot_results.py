@@ -5,6 +5,7 @@ Each draws a chart of `surgery.page.charts`, as the HTML page does, in the colou
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,9 @@ def pareto(document: dict[str, Any]) -> Figure:
         axes.text(0.5, 0.5, "no row has finite numbers", transform=axes.transAxes, ha="center", color=MUTED)
     _legend(axes, chart, [group.name if len(group.rows) > 1 or len(points) > CROWD else "" for group in groups], -0.1)
     axes.margins(0.09)
-    figure.draw_without_rendering()  # fixes where the axes are, so that labels can be placed in points
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # as `render` does
+        figure.draw_without_rendering()  # fixes where the axes are, so that labels can be placed in points
     figure.set_layout_engine("none")
     _name_points(axes, points)
     return figure

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import HubError, OptionError, reason
+from surgery.paths import expanded
 
 ENDINGS = (".jsonl", ".json", ".parquet")
 MAX_LINE = 1 << 26  # characters
@@ -23,7 +24,7 @@ def local(data: str, endings: Sequence[str] = ENDINGS) -> Path | None:
     Raises:
         OptionError: it is a folder, a file of another kind, or looks like a file that does not exist.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     ending = path.suffix.lower()
     if path.is_dir():
         raise OptionError(f"{data}: is a folder. Give a {', '.join(endings)} file, or a data set on the hub.")
@@ -59,7 +60,7 @@ def records(data: str, *, fields: Sequence[str] = (), streaming: bool = False) -
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # with or without the mark that Windows puts first
         while (start := file.read(1)).isspace():
             pass
         file.seek(0)

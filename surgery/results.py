@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import OutputError
 from surgery.outfile import OutFile
+from surgery.paths import expanded
 
 PAGE, JSON, CSV, ITEMS = "index.html", "results.json", "results.csv", "items.csv"
+KINDS = ("compare", "sweep")
 
 
 class Folder:
@@ -23,14 +26,16 @@ class Folder:
         from surgery.plot import check_matplotlib
 
         check_matplotlib("--report")
-        self.path = path.expanduser()
+        self.path = expanded(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             names = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
             raise OutputError(f"--report {path}: cannot be made ({error.strerror}). Choose another folder.") from error
-        if names and JSON not in names:
+        if names and not _ours(self.path / JSON):
             raise OutputError(f"--report {path}: holds something else. Choose another folder, or an empty one.")
+        with OutFile(self.path / JSON, (".json",), "--report"):
+            pass  # it can be written to, which would else be known after hours
 
     def write(self, document: dict[str, Any]) -> list[str]:
         """Write everything; returns a sentence for people.
@@ -48,3 +53,12 @@ class Folder:
             with OutFile(self.path / name, (Path(name).suffix,), "--report") as file:
                 file.write(content)
         return [f"Wrote {self.path / PAGE}"]
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file is the results.json of a comparison: other programs have files of that name."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("kind") in KINDS and "rows" in found

@@ -96,7 +96,7 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
         rows += _rows(where, record, kind, fields)
         count += 1
     if not count:
-        raise OptionError(f"{name}: holds no record, so there is nothing to train on. Check the file.")
+        raise OptionError(f"{name}: holds no record. Check the file.")
     return Data(name, kind, fields, rows, count)
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_compare import pair_of
@@ -76,6 +77,22 @@ def test_what_cannot_be_meant_is_refused(data: dict[str, Path], tmp_path: Path) 
     with pytest.raises(CheckpointError, match="nothing without its base"):
         surgery.evaluate(delta, [str(data["text"])])
     assert surgery.evaluate(delta, [str(data["text"])], pre=data["pre"], seq_len=32)
+
+
+def test_one_word_a_path_and_a_list_mean_the_same(data: dict[str, Path]) -> None:
+    pair = surgery.open_pair(data["pre"], data["ft"])
+    options: dict[str, Any] = {"seq_len": 32}
+    numbered: Any = {0.5: surgery.edit(pair, "fapm", sparsity=0.5)}
+    typed, text = str(data["text"]), data["text"]
+    wanted = surgery.evaluate(data["ft"], [typed], **options)["text"].value
+    for measures in (typed, text, [text]):
+        assert surgery.evaluate(data["ft"], measures, **options)["text"].value == wanted
+    one = surgery.compare(pair, numbered[0.5], task=data["task"], general=text, **options)
+    named = surgery.compare(pair, numbered, task=[data["task"]], general=[typed], **options)
+    assert [row["label"] for row in named.rows] == ["pre", "ft", "0.5"]
+    assert one.rows[2]["scores"] == named.rows[2]["scores"]
+    again = surgery.compare(pair, {"again": data["ft"]}, task=[str(data["task"])], general=typed, **options)
+    assert again.rows[2]["fingerprint"] == again.rows[1]["fingerprint"]
 
 
 def test_importing_surgery_imports_no_heavy_library() -> None:

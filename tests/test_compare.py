@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 import torch
 from checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
 from peft import LoraConfig, get_peft_model
+from rich.cells import cell_len
 from tiny_model import make_model, questions, write
 from transformers import AutoModelForCausalLM
 
 from surgery.__main__ import main
 from surgery.comparison import Plane, as_csv, compare, document, items_as_csv
-from surgery.errors import CheckpointError, OptionError
+from surgery.errors import CheckpointError, OptionError, OutputError
 from surgery.evaluation.bench import Bench, Scored
 from surgery.evaluation.cache import Cache
 from surgery.evaluation.scores import Advance, Kind, Scores
@@ -306,6 +308,159 @@ def test_what_is_wrong_is_said_in_a_sentence(
     assert complaint in said
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+def short(files: list[str], *more: str) -> list[str]:
+    """A comparison by losses alone."""
+    at = files.index("--task")
+    return ["compare", *files[:at], "--task", files[at + 1].removesuffix(":exact"), *more]
+
+
+def broken(folder: Path, out: Path) -> Path:
+    """A copy whose weights are no numbers."""
+    shutil.copytree(folder, out)
+    tensors = read_checkpoint(out)
+    tensors["model.norm.weight"][0] = math.nan
+    write_weights(out, tensors)
+    return out
+
+
+def test_a_row_that_cannot_be_scored_costs_no_other_row(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan = broken(tmp_path / "ft", tmp_path / "nan")
+    wordless = shutil.copytree(tmp_path / "ft", tmp_path / "wordless")
+    for path in wordless.glob("token*"):
+        path.unlink()
+    report = tmp_path / "report"
+    assert main(short(files, str(nan), str(wordless), f"last={tmp_path / 'ft'}", "--report", str(report))) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.startswith(f"error: The row nan is left out: {nan}: the model's logits are not finite")
+    assert "Note: The row nan is left out" in out
+    found = json.loads((report / "results.json").read_text())
+    assert [row["label"] for row in found["rows"]] == ["pre", "ft", "last"]
+    assert [note.partition(" is left")[0] for note in found["notes"]] == ["The row nan", "The row wordless"]
+    assert not any("surgery-" in note for note in found["notes"]), "a folder of ours is named"
+    # Without pre or ft there is nothing to compare with.
+    assert main(short(files, "--ft", str(nan))) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_model_with_another_tokenizer_stands_beside_the_others(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(tmp_path / "ft", tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    assert main(short(files, str(other), "--report", str(tmp_path / "report"))) == 0
+    assert "Note: other reads the text in other tokens" in capsys.readouterr().out
+    found = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert found["rows"][2]["scores"]["text"]["p"] is None
+    lines = list(csv.DictReader((tmp_path / "report" / "items.csv").open()))
+    for label in ("ft", "other"):
+        mine = [line for line in lines if line["label"] == label and line["measure"] == "text"]
+        weights, values = (np.array([float(line[key]) for line in mine]) for key in ("weight", "value"))
+        row = next(row for row in found["rows"] if row["label"] == label)
+        assert math.exp(weights @ values / weights.sum()) == pytest.approx(row["scores"]["text"]["value"])
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        '{"method": "x", "parameters": {"a": NaN}}',
+        '{"settings": {"optim": null, "lr": 1e999}}',
+        '{"method": 5, "parameters": [1], "command": "x"}',
+    ],
+)
+def test_what_a_foreign_report_says_does_not_break_ours(
+    report: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(tmp_path / "ft", tmp_path / "other")
+    (other / "surgery-report.json").write_text(report)
+    assert main(short(files, str(other), "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][2]["parameters"] is None
+
+
+@pytest.mark.parametrize(
+    "report", [None, {}, {"method": 5, "parameters": {"a": math.nan}, "totals": {"distance_after": "x"}}]
+)
+def test_a_task_vector_may_say_anything_of_itself(report: Any, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    pre, ft = map(str, pair_of(tmp_path))
+    delta = tmp_path / "delta.safetensors"
+    assert main(["extract", "--pre", pre, "--ft", ft, "--method", "fapm", "--out", str(delta)]) == 0
+    with safe_open(delta, "pt") as file:
+        metadata = file.metadata()
+    told = json.dumps(json.loads(metadata["document"]) | {"report": report})
+    save_file(load_file(delta), delta, {**metadata, "document": told})
+    subject = open_subjects(pre, ft, [str(delta)])[2]
+    assert (subject.method, subject.parameters, subject.command, subject.against()) == (None, None, None, (None, None))
+
+
+def test_names_of_rows_may_be_long_and_wide(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    labels = ["L" * 400, "日本語のとても長い名前の模型です本当に長い", "\x1b[31mred\n[/]", "\udcff"]
+    typed = short(files, *(f"{label}={tmp_path / 'ft'}" for label in labels), "--report", str(tmp_path / "report"))
+    assert main(typed) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if not line.startswith("Wrote")]
+    assert max(map(cell_len, lines)) <= 80
+    assert all(mark.isprintable() or mark == "\n" for mark in out)
+    assert "…" not in out.replace("日本語のとても長い名前…", "").replace(f"{'L' * 23}…", ""), "a number was cut"
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    found = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert [row["label"] for row in found["rows"]][2:5] == labels[:3]
+
+
+def test_columns_of_measures_with_odd_names_fit(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "odd").mkdir()
+    for name in ("a\nb", "\x1b[31m", "[red]", "$a_b$", "x" * 60, "日本" * 20):
+        questions(tmp_path / "odd" / f"{name}.jsonl", 2)
+    assert main(short(files, "--general", str(tmp_path / "odd"))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    assert not [line for line in lines if line.strip().startswith("±0")], "a cell was folded"
+
+
+def test_the_table_is_shown_though_the_report_cannot_be_written(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report"
+    assert main(short(files, "--report", str(report))) == 0
+    capsys.readouterr()
+    (report / "index.html").unlink()
+    (report / "index.html").mkdir()
+    assert main(short(files, "--report", str(report), "--json")) == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["rows"]) == 2
+    assert err.startswith("error: --report ")
+    assert err.count("\n") == 1
+
+
+def test_results_of_other_programs_are_not_replaced(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.json").write_text('{"results": {}}')
+    assert main(short(files, "--report", str(tmp_path / "foreign"))) == 1
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["results.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which even root makes no file")
+def test_a_cache_that_takes_no_files_is_refused_before_the_work(tmp_path: Path) -> None:
+    measure = Total()
+    with pytest.raises(OutputError, match="--cache"):
+        compare(open_subjects(*map(str, pair_of(tmp_path))), [measure], [], Scoring(cache="/proc"))
+    assert measure.calls == 0
 
 
 def test_ctrl_c_shows_the_models_that_are_done(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +473,14 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(root: Path) -> None:
         refused(root, "fapm", *PAIR, "--out", "disk/a/b/out", says=("disk/a/b/out", "bytes free", "Make room"))
 
 
+def test_a_disk_with_nothing_left(root: Path) -> None:
+    with small_disk(root / "disk", 16 << 10) as disk:
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1 << 10))
+        refused(root, "fapm", *PAIR, "--out", "disk/out", says=("disk is full", "Make room"))
+
+
 @pytest.mark.parametrize("free", [1 << 12, 1 << 13, 1 << 14, 1 << 15])
 def test_a_disk_that_fills_with_companions(root: Path, free: int) -> None:
     """Their bytes fit and their blocks do not, so that it is only seen when they are copied."""
@@ -623,3 +631,11 @@ def test_a_pipe_that_nobody_reads(root: Path) -> None:
     done = surgery("fapm", *PAIR, cwd=root, command=["bash", "-c", '"$@" | true', "-", *SURGERY])
     assert done.stderr == ""
     assert (root / "ft-fapm-0.9/config.json").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_files_that_are_written(root: Path, closed: str) -> None:
+    """A file that is opened next would take the number of a closed one, and what is printed would go there."""
+    done = surgery("fapm", *PAIR, "--json", cwd=root, command=["bash", "-c", f'"$@" {closed}', "-", *SURGERY])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((root / "ft-fapm-0.9/surgery-report.json").read_text())["method"] == "fapm"

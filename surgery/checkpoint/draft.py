@@ -318,7 +318,8 @@ class Draft:
         with uninterrupted():
             if self.locked:
                 shutil.rmtree(self.folder, ignore_errors=True)
-                self._close()
+                with contextlib.suppress(OSError):  # of lines that a full disk refused before, and refuses again
+                    self._close()
             for folder in (self.folder, *self.made):
                 with contextlib.suppress(OSError):
                     folder.rmdir()

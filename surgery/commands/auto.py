@@ -1,6 +1,7 @@
 """Edits that find their own setting: `--sparsity auto` of fapm, magnitude and wanda, `--optimize` of hma."""
 
 import inspect
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -56,12 +57,17 @@ def auto_sparsity(make_method: "Callable[..., Method]", complete: "Callable[...,
         search = {entry.name: own.pop(entry.name) for entry in more}
         auto = own["sparsity"] == AUTO
         _check(search, auto, "--sparsity auto", ("task", "general", "max_forgetting"))
+        if auto and not math.isfinite(search["max_forgetting"]):
+            raise OptionError(f"--max-forgetting must be a number, such as 0.01, not {search['max_forgetting']}.")
         return make_method(**own | ({"sparsity": BESIDE} if auto else {}))
 
     def finish(job: "Job", device: str, dry_run: bool, **own: Any) -> "Job":
+        scoring = _scoring(own, device) if own["sparsity"] == AUTO else None
+        # Before the calibration of wanda, which takes its time.
+        measures = scoring.measures() if scoring and not dry_run else ([], [])
         if complete:
             job = complete(job, device, dry_run, **own)
-        if own["sparsity"] != AUTO:
+        if not scoring:
             return job
         if dry_run:
             job.pair.notes.append("The sparsity would be searched for.")
@@ -71,16 +77,13 @@ def auto_sparsity(make_method: "Callable[..., Method]", complete: "Callable[...,
         from surgery.grid import numbers
         from surgery.sweep import sweep
 
-        scoring = _scoring(own, device)
-        tasks, general = scoring.measures()
         edits = _edits(job, own, device, more, "sparsity")
         settings = [replace(job.method, sparsity=value) for value in numbers(TRIED, "--sparsity")]  # type: ignore[type-var]
         with scoring_progress(None) as observe:
             found = sweep(
                 edits,
                 [settings],
-                tasks,
-                general,
+                *measures,
                 scoring,
                 limit=Limit("forgetting", own["max_forgetting"]),
                 most=MOST,

@@ -7,6 +7,7 @@ import typer
 
 from surgery.commands.edit import Pre
 from surgery.commands.scoring import AsJson, Report, scoring_command
+from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     from surgery.evaluation.scoring import Scoring
@@ -48,7 +49,8 @@ def _compare(
     tasks, general = scoring.measures()
     with scoring_progress(len(subjects)) as observe:
         document = compare(subjects, tasks, general, scoring, command=["surgery", *sys.argv[1:]], observe=observe)
-    written = folder.write(document) if folder else []
-    show(document, written, as_json=as_json)
+    show(document, folder, as_json=as_json)
     if document["stopped"]:
         raise KeyboardInterrupt
+    if document["failed"]:
+        raise CheckpointError(document["failed"][0])

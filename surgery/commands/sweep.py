@@ -176,28 +176,28 @@ def _sweep(
             command=["surgery", *sys.argv[1:]],
             observe=observe,
         )
-    written = folder.write(found.document) if folder else []
-    show(found.document, written, as_json=as_json)
+    try:  # the chosen checkpoint first: whoever reads our output may go away before its end
+        if target and found.best is not None:
+            chosen = edits.job(found.best)
+            chosen.pair.notes.append(found.document["choice"]["sentence"])
+            with display.progress(chosen.reading) as advance:
+                run(
+                    replace(chosen, out=target, replace=force),
+                    allow_nonfinite=allow_nonfinite,
+                    command=command(found.best),
+                    advance=advance,
+                )
+    finally:
+        show(found.document, folder, as_json=as_json)
     if found.document["stopped"]:
         raise KeyboardInterrupt
     if limit and found.best is None:
         raise OptionError(found.document["choice"]["sentence"])
-    if found.best is None:
+    if found.best is None or as_json:
         return
-    if not as_json:
-        display.say(f"The command for {label(found.best)}: {shlex.join(command(found.best))}")
+    display.say(f"The command for {label(found.best)}: {shlex.join(command(found.best))}")
     if target:
-        chosen = edits.job(found.best)
-        chosen.pair.notes.append(found.document["choice"]["sentence"])
-        with display.progress(chosen.reading) as advance:
-            run(
-                replace(chosen, out=target, replace=force),
-                allow_nonfinite=allow_nonfinite,
-                command=command(found.best),
-                advance=advance,
-            )
-        if not as_json:
-            display.say(f"Wrote {target}")
+        display.say(f"Wrote {target}")
 
 
 def _words(name: str, value: object) -> list[str]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.fingerprint import weights_fingerprint
-from surgery.errors import CheckpointError, OptionError
+from surgery.errors import CheckpointError, OptionError, SurgeryError
 from surgery.evaluation.cache import Cache
 from surgery.evaluation.scores import Measure, Scores
 from surgery.evaluation.subject import Subject
@@ -95,6 +95,14 @@ class Bench:
             SurgeryError: it cannot be scored.
         """
         surroundings = subject.surroundings()
+        try:
+            return self._score(subject, surroundings)
+        except SurgeryError as error:
+            # What transformers reads is laid out in a folder of ours, of which nobody knows, and which is gone by then.
+            error.args = (subject.named(str(error), self._laid_out(surroundings)),)
+            raise
+
+    def _score(self, subject: Subject, surroundings: str) -> Scored:
         self.observe(subject.label, "reading", 0, 0)
         # Where nothing can be known, the weights are read into the model at once.
         known = self.cache.folder is not None
@@ -118,7 +126,7 @@ class Bench:
 
         if self._model is None or self._surroundings != surroundings:
             self._model = None  # before the next one takes memory
-            folder = Path(self._folder.name) / surroundings
+            folder = self._laid_out(surroundings)
             if not folder.exists():
                 folder.mkdir()
                 subject.lay_out(folder)
@@ -133,6 +141,9 @@ class Bench:
                 f"{subject.checkpoint.folder}: its files changed while surgery read them. Run it again."
             )
         return self._model
+
+    def _laid_out(self, surroundings: str) -> Path:
+        return Path(self._folder.name) / surroundings
 
     def _key(self, fingerprint: str, surroundings: str, measure: Measure) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ import numpy as np
 from surgery.errors import OutputError
 from surgery.evaluation.scores import Scores
 from surgery.outfile import OutFile
+from surgery.paths import expanded
 
 FORMAT = 1
 
@@ -27,11 +28,11 @@ class Cache:
         folder: made where there is none; None to keep nothing.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: it cannot be made or written to.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
-        self.folder = Path(folder).expanduser() if folder else None
+        self.folder = expanded(folder) if folder else None
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -39,6 +40,8 @@ class Cache:
                 raise OutputError(
                     f"--cache {folder}: cannot be made ({error.strerror}). Choose another folder."
                 ) from error
+            with OutFile(self.folder / "scores.json", (".json",), "--cache"):
+                pass  # it can be written to, which would else be known after hours
 
     def find(self, key: dict[str, Any]) -> Scores | None:
         """The scores that were kept under a key; None where there are none, or their file is damaged."""

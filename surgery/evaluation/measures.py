@@ -26,6 +26,7 @@ from surgery.evaluation.generated import NEXT_QUESTION, Generated
 from surgery.evaluation.matching import METRICS, final_number, words
 from surgery.evaluation.perplexity import Perplexity
 from surgery.evaluation.scores import Measure
+from surgery.paths import exists, expanded
 from surgery.records import ENDINGS, records
 from surgery.rows import Row, read
 
@@ -85,6 +86,8 @@ def find_measures(
     _check(metric, limit, seq_len, max_new_tokens)
     options = Options(metric, limit, seq_len, max_new_tokens, prompt_field, completion_field)
     sources = [source for spec in specs for source in _sources(spec)]
+    if specs and not sources:
+        raise OptionError(f"{specs[0]!r} names no file and no task. Give a file, or a task of lm-evaluation-harness.")
     tasks = [source for source in sources if source.file is None]
     if metric is not None and sources and len(tasks) == len(sources):
         raise OptionError(
@@ -115,6 +118,8 @@ def _check(metric: str | None, limit: int | None, seq_len: int, max_new_tokens: 
 
 def _sources(spec: str) -> list[Source]:
     """What a word of the command line names."""
+    if not spec.strip():
+        return []
     whole = _source(spec)
     if whole or "," not in spec:
         return whole or [Source(spec)]
@@ -125,12 +130,13 @@ def _source(spec: str) -> list[Source]:
     """Files, with a metric or not; none where the word is no path."""
     head, _, tail = spec.rpartition(":")
     for typed, metric in ((spec, None), (head, tail)):
-        path = Path(typed).expanduser()
-        if not typed or not (path.exists() or (path.suffix.lower() in DATA and "," not in typed)):
+        path = expanded(typed)
+        there = exists(path)
+        if not typed or "," in (metric or "") or not (there or (path.suffix.lower() in DATA and "," not in typed)):
             continue
         if metric is not None and metric not in KNOWN:
             raise OptionError(f"{spec}: {metric or 'an empty word'} is no metric. Choose from {', '.join(KNOWN)}.")
-        if not path.exists():
+        if not there:
             raise OptionError(f"{typed}: no such file. Check the path.")
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in DATA and file.is_file())
@@ -170,7 +176,10 @@ def _measure(source: Source, name: str, options: Options) -> Measure:
             raise OptionError(
                 f"{file}: is plain text, which has a perplexity, not {metric}. Give records for {metric}."
             )
-        return Perplexity(name, _sound(file, [_plain(Path(file))]), options.seq_len, limit)
+        plain = _plain(expanded(file))
+        if not plain.strip():
+            raise OptionError(f"{file}: holds no text. Check the file.")
+        return Perplexity(name, _sound(file, [plain]), options.seq_len, limit)
     first = next((record for _, record in records(file)), None)
     if isinstance(first, Mapping) and options.prompt_field is None and options.completion_field is None:
         if choices.is_pair(first) and metric in (None, "acc"):
@@ -228,7 +237,7 @@ def _reference(file: str, number: int, row: Row, metric: str) -> tuple[str | lis
 
 def _plain(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # as Windows saves it, too
     except OSError as error:
         raise OptionError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from None
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from surgery.edited import Edited
 from surgery.errors import CheckpointError, OptionError
 from surgery.job import Job, beside
 from surgery.methods import parameters
+from surgery.paths import exists, expanded
 
 Content = Path | Tensor | bytes
 
@@ -61,6 +63,13 @@ class Subject:
             else:
                 target.write_bytes(_content(kept))
 
+    def named(self, message: str, folder: Path) -> str:
+        """A message about what `lay_out` put into a folder, with the user's own names for it."""
+        for name, kept in self.files.items():
+            if isinstance(kept, Path):
+                message = message.replace(str(folder / name), str(kept))
+        return message.replace(str(folder), self.checkpoint.source.typed)
+
 
 def open_subject(typed: str, pre: Checkpoint | None, *, label: str | None = None) -> Subject:
     """Open a model by what the user typed, reading headers only.
@@ -74,8 +83,13 @@ def open_subject(typed: str, pre: Checkpoint | None, *, label: str | None = None
     Raises:
         SurgeryError: it cannot be read.
     """
-    path = Path(typed).expanduser()
-    if path.is_file() and path.suffix == ".safetensors" and read_header(path).metadata.get("format") == FORMAT:
+    path = expanded(typed)
+    if (
+        exists(path)
+        and path.is_file()
+        and path.suffix == ".safetensors"
+        and read_header(path).metadata.get("format") == FORMAT
+    ):
         if pre is None:
             raise CheckpointError(f"{path}: is a task vector, which is nothing without its base. Give pre.")
         return _from_delta(path, pre, label or path.stem)
@@ -108,7 +122,7 @@ def open_subjects(pre: str, ft: str, others: Sequence[str] = ()) -> list[Subject
     labels = {"pre", "ft"}
     for typed in others:
         name, named, rest = typed.partition("=")
-        named_row = bool(named) and not Path(typed).exists()
+        named_row = bool(named) and not exists(Path(typed))
         subject = open_subject(rest if named_row else typed, base, label=name if named_row else None)
         if subject.label in labels:
             raise OptionError(f"{typed}: another row is named {subject.label} too. Give it a name: NAME={typed}.")
@@ -168,17 +182,10 @@ def edited_subject(
 def _from_delta(path: Path, pre: Checkpoint, label: str) -> Subject:
     delta = open_delta(path)
     checkpoint, files = apply.computed(delta, pre)
-    made = delta.document["report"]
-    totals = made["totals"]
-    return Subject(
-        label,
-        checkpoint,
-        files,
-        made["method"],
-        made["parameters"],
-        made["command"],
-        lambda: (totals["distance_after"], totals["effective_sparsity"]),
-    )
+    made = _object(delta.document.get("report"))
+    totals = _object(made.get("totals"))
+    known = _finite(totals.get("distance_after")), _finite(totals.get("effective_sparsity"))
+    return Subject(label, checkpoint, files, *_described(made), lambda: known)
 
 
 def _made(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any] | None, list[str] | None]:
@@ -189,13 +196,35 @@ def _made(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any] | None, li
     found = read_json(path)
     settings = found.get("settings")
     if isinstance(settings, dict):  # of a training
-        return _text(settings.get("optim")), settings, _words(found.get("command"))
-    options = found.get("parameters")
-    return _text(found.get("method")), options if isinstance(options, dict) else None, _words(found.get("command"))
+        return _text(settings.get("optim")), _numbers(settings), _words(found.get("command"))
+    return _described(found)
+
+
+def _described(report: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None, list[str] | None]:
+    """What an edit's report says of it, which may be anything."""
+    return _text(report.get("method")), _numbers(report.get("parameters")), _words(report.get("command"))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _finite(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and math.isfinite(value) else None
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _numbers(value: Any) -> dict[str, Any] | None:
+    """Parameters, if results.json can hold them: NaN and Inf are no JSON, but Python reads and writes them."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _words(value: Any) -> list[str] | None:

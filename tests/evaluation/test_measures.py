@@ -286,6 +286,47 @@ def test_words_name_files_folders_and_metrics_and_names_differ(tmp_path: Path) -
         find_measures([str(first), str(first)])
 
 
+def test_a_metric_may_stand_before_a_comma(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.jsonl", ASKED), write(tmp_path / "b.jsonl", CHOICES)
+    found: Any = find_measures([f"{first}:exact,{second}"])
+    assert names(found) == ["a", "b"]
+    assert found[0].metric == "exact"
+
+
+def test_many_words_with_commas_are_no_file_name_that_is_too_long(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{'long' * 20}{number}.jsonl", ASKED) for number in range(80)]
+    assert len(find_measures([",".join(map(str, files))])) == 80
+    with pytest.raises(OptionError, match="no such file"):
+        find_measures([f"{'x' * 300}.jsonl"])
+    with pytest.raises(OptionError, match="no such file"):
+        find_measures(["~nobody-of-that-name/a.jsonl"])
+
+
+@pytest.mark.parametrize("spec", ["", ",", " , "])
+def test_a_word_that_names_nothing_is_refused(spec: str) -> None:
+    with pytest.raises(OptionError, match="names no file and no task"):
+        find_measures([spec])
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "txt"])
+def test_files_as_windows_saves_them_hold_the_same(tmp_path: Path, ending: str) -> None:
+    texts = {
+        "jsonl": "".join(json.dumps(record) + "\n" for record in ASKED),
+        "json": json.dumps(ASKED, indent=1),
+        "txt": TEXT,
+    }
+    plain, windows = tmp_path / f"plain.{ending}", tmp_path / f"windows.{ending}"
+    plain.write_text(texts[ending])
+    windows.write_bytes(texts[ending].replace("\n", "\r\n").encode("utf-8-sig"))
+    assert one(windows).settings == one(plain).settings
+
+
+def test_a_text_without_text_is_refused_before_any_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("\n \n")
+    with pytest.raises(OptionError, match=r"blank\.txt: holds no text"):
+        find_measures([str(tmp_path / "blank.txt")])
+
+
 def test_other_words_are_tasks_of_the_harness_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], int | None]] = []
 
