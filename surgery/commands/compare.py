@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surgery.commands.edit import Pre
-from surgery.commands.scoring import AsJson, Report, scoring_command
+from surgery.commands.scoring import AsJson, Ft, Report, scoring_command
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def _compare(
     pre: Pre,
-    ft: Annotated[str, typer.Option(help="The fine-tuned model or LoRA adapter, likewise.", show_default=False)],
+    ft: Ft,
     checkpoints: Annotated[
         list[str] | None,
         typer.Argument(

@@ -70,6 +70,7 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
 }
+Ft = Annotated[str, typer.Option(help="The fine-tuned model or LoRA adapter, likewise.", show_default=False)]
 Report = Annotated[
     Path | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.commands.edit import AllowNonfinite, Exclude, Include, Pre, Rest, ScopeName, Strict, make_scope
-from surgery.commands.scoring import AsJson, Report, scoring_command
+from surgery.commands.scoring import AsJson, Ft, Report, scoring_command
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def _sweep(
     pre: Pre,
-    ft: Annotated[str, typer.Option(help="The fine-tuned model or LoRA adapter, likewise.", show_default=False)],
+    ft: Ft,
     method: Annotated[
         str, typer.Option(help="fapm, magnitude, wanda, half-reset, hma, ties, dare: one, or several with commas.")
     ] = "fapm,magnitude,hma",
