@@ -15,6 +15,7 @@ from surgery.errors import OptionError
 if TYPE_CHECKING:
     from surgery.evaluation.scoring import Scoring
     from surgery.methods import Method
+    from surgery.sweep import Edits
 
 SETTINGS, CHOICE = "Settings", "Choice"
 # Methods that each option of a setting is for, and what is tried where it is not given.
@@ -104,7 +105,6 @@ def _sweep(
     from surgery.checkpoint.draft import check_output
     from surgery.choose import parse_limit
     from surgery.display_compare import scoring_progress, show
-    from surgery.editing import run
     from surgery.evaluation.subject import open_subjects
     from surgery.grid import Grid, command_words, label, numbers, triples, whole_numbers
     from surgery.job import plan, replan
@@ -123,11 +123,7 @@ def _sweep(
         "norms": norms,
     }
     names = list(dict.fromkeys(word.strip() for word in method.split(",")))
-    for name, value in given.items():
-        methods, default = USED[name]
-        if value and not set(methods) & set(names):
-            raise OptionError(f"--{name.replace('_', '-')} is for {', '.join(methods)}, none of which is swept.")
-        given[name] = value or default
+    given = _completed(given, names)
     if out and not choose:
         raise OptionError("--out is for the chosen checkpoint: give --choose too.")
     limit = parse_limit(choose) if choose else None
@@ -162,9 +158,8 @@ def _sweep(
             # Notes of the calibration are of no concern to the other methods.
             alone = replace(replan(job, Wanda(scope=grid.scope)), pair=replace(job.pair, notes=[*job.pair.notes]))
             jobs["wanda"] = calibrated(alone, wanted, device=scoring.device, advance=blocks)
-        place = names.index("wanda")
         normed: Any = jobs["wanda"].method
-        groups[place] = [replace(normed, sparsity=value) for value in grid.sparsity]
+        groups[names.index("wanda")] = [replace(normed, sparsity=value) for value in grid.sparsity]
     with scoring_progress(None if limit else 2 + sum(map(len, groups))) as observe:
         found = sweep(
             edits,
@@ -178,15 +173,7 @@ def _sweep(
         )
     try:  # the chosen checkpoint first: whoever reads our output may go away before its end
         if target and found.best is not None:
-            chosen = edits.job(found.best)
-            chosen.pair.notes.append(found.document["choice"]["sentence"])
-            with display.progress(chosen.reading) as advance:
-                run(
-                    replace(chosen, out=target, replace=force),
-                    allow_nonfinite=allow_nonfinite,
-                    command=command(found.best),
-                    advance=advance,
-                )
+            _write(edits, found.best, found.document["choice"]["sentence"], target, force)
     finally:
         show(found.document, folder, as_json=as_json)
     if found.document["stopped"]:
@@ -198,6 +185,35 @@ def _sweep(
     display.say(f"The command for {label(found.best)}: {shlex.join(command(found.best))}")
     if target:
         display.say(f"Wrote {target}")
+
+
+def _completed(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The settings with their defaults.
+
+    Raises:
+        OptionError: one is given for methods that are not swept.
+    """
+    for name, value in given.items():
+        methods, _ = USED[name]
+        if value and not set(methods) & set(names):
+            raise OptionError(f"--{name.replace('_', '-')} is for {', '.join(methods)}, none of which is swept.")
+    return {name: value or USED[name][1] for name, value in given.items()}
+
+
+def _write(edits: "Edits", method: "Method", sentence: str, out: Path, force: bool) -> None:
+    """Write the checkpoint of a setting, whose report says how it was chosen."""
+    from surgery import display
+    from surgery.editing import run
+
+    job = edits.job(method)
+    job.pair.notes.append(sentence)
+    with display.progress(job.reading) as advance:
+        run(
+            replace(job, out=out, replace=force),
+            allow_nonfinite=edits.allow_nonfinite,
+            command=edits.commands(method),
+            advance=advance,
+        )
 
 
 def _words(name: str, value: object) -> list[str]:
