@@ -257,6 +257,40 @@ def test_a_file_that_contradicts_itself_is_refused(
     assert len(said.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("files", "../escaped.json"),
+        ("files", "folder/../../escaped.json"),
+        ("files", "/tmp/escaped.json"),
+        ("files", "surgery-report.json"),
+        ("shards", "../escaped.safetensors"),
+        ("shards", "folder/escaped.safetensors"),
+        ("shards", "config.json"),
+    ],
+)
+def test_a_file_that_would_write_elsewhere_is_refused(
+    group: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pre, ft = tiny_llama_pair(tmp_path, shards=1)
+    (ft / "extra.json").write_text("{}")
+    path = tmp_path / "delta.safetensors"
+    assert main(["extract", "--method", "fapm", "--pre", str(pre), "--ft", str(ft), "--out", str(path)]) == 0
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    stored, document = load_file(path), json.loads(metadata["document"])
+    before = "extra.json" if group == "files" else next(iter(document["shards"]))
+    document[group][name] = document[group].pop(before)
+    if group == "files":
+        stored[f"file:{name}"] = stored.pop(f"file:{before}")
+    save_file(stored, path, metadata | {"document": json.dumps(document)})
+    out = tmp_path / "deep" / "out"
+    assert main(["apply", "--pre", str(pre), "--delta", str(path), "--out", str(out)]) == 1
+    assert "its metadata is damaged" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("escaped*"))
+    assert not out.exists()
+
+
 def test_options_and_outputs_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_llama_pair(tmp_path)
     pair = ("--pre", tmp_path / "pre", "--ft", tmp_path / "ft")

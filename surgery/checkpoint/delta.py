@@ -22,13 +22,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from surgery.checkpoint.checksum import Checksum
+from surgery.checkpoint.companions import travels
 from surgery.checkpoint.durable import explained, lock, postponed, same_file, sync_folder, uninterrupted
 from surgery.checkpoint.header import encode_header, read_header
 from surgery.checkpoint.tensor import BITS, Reader, Span, Tensor
@@ -67,11 +68,23 @@ def open_delta(path: Path) -> Delta:
         names = {tensor["name"] for tensor in document["tensors"]}
         listed = [name for shard in document["shards"].values() for name in shard["names"]]
         complete = sorted(listed) == sorted(names) == sorted(tensor["name"] for tensor in document["tensors"])
+        complete = complete and all(map(_is_shard, document["shards"])) and all(map(_is_companion, document["files"]))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         complete = False
     if not complete:
         raise CheckpointError(f"{path}: its metadata is damaged. Extract the task vector again.")
     return Delta(path, header.metadata, document, header.tensors)
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a file of weights may be written under this name, in the output folder itself."""
+    return PurePosixPath(name).name == name and "\\" not in name and name.endswith(".safetensors")
+
+
+def _is_companion(name: str) -> bool:
+    """Whether a file beside the weights may be written under this name: one that travels, and stays inside the output folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", ":"} and travels(name)
 
 
 def _check_parts(path: Path, tensor: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
