@@ -4,10 +4,10 @@
     retention>=x    of the settings that keep at least x of the task, the one that forgets least
 
 Along one number, such as a sparsity, both scores mostly rise or fall, and the best setting lies where the limit is just met. The
-ends, the middle and the quarters are scored first. Where they are monotone enough, the limit's place is found by bisection: six
-to twelve settings of a hundred. Monotone enough means that the limit is met on one side only, and that neither score ever turns
-back by more than a tenth of its whole range. Otherwise, and where settings differ in more than one number, the whole grid is
-scored. A turn between two settings that were scored, and was not, is not noticed.
+ends, the middle and the quarters are scored first. Where they are monotone enough, the limit's place is found by bisection.
+Monotone enough means that the limit is met on one side only, and that neither score ever turns back by more than a tenth of its
+whole range. Otherwise, and where settings differ in more than one number, the whole grid is scored. A turn between two settings
+that were scored is not noticed.
 """
 
 from __future__ import annotations

@@ -31,3 +31,12 @@ class HubError(SurgeryError):
 def reason(error: BaseException) -> str:
     """A library's error in one line, to quote in a sentence of our own."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of its GPU: torch says so in several ways."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    told = ("DefaultCPUAllocator", "can't allocate memory", "out of memory")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )

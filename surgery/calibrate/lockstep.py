@@ -24,7 +24,7 @@ import torch
 from surgery.calibrate.norms import Recorder
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint
-from surgery.errors import CheckpointError, OptionError, SurgeryError, reason
+from surgery.errors import CheckpointError, OptionError, SurgeryError, out_of_memory, reason
 from surgery.methods.wanda import Norm
 from surgery.model.skeleton import call_arguments, fill_tables, skeleton
 from surgery.model.weights import Weights
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Tensors that passes may have in common: masks of several windows, a bias for the encoder and one for the decoder.
 KINDS = 8
+CPU = torch.device("cpu")
 # (blocks done, blocks in all)
 Advance = Callable[[int, int], None]
 
@@ -79,7 +80,7 @@ def measure(
     folder: Path,
     tokens: torch.Tensor,
     *,
-    device: str = "cpu",
+    device: torch.device = CPU,
     batch: int = 1,
     dtype: torch.dtype | None = None,
     advance: Advance | None = None,
@@ -109,30 +110,25 @@ def measure(
     for tensor in checkpoint.tensors.values():
         refuse_quantized(tensor)
     dtype = dtype or main_dtype(checkpoint.tensors.values())
-    place = torch.device(device)
     model = skeleton(folder, dtype)
-    weights = Weights(model, checkpoint, dtype, place, {} if checksums is None else checksums)
+    weights = Weights(model, checkpoint, dtype, device, {} if checksums is None else checksums)
     stored = set(weights.absent)
-    fill_tables(model, stored, place, folder)
+    fill_tables(model, stored, device, folder)
     weights.free(stored)
     _check_tokens(model, tokens, folder)
-    recorder = Recorder(weights.absent, place)
+    recorder = Recorder(weights.absent, device)
     blocks, resident = cut(model, stored)
     weights.load(resident)
     try:
         with torch.inference_mode(), recorder:
-            batches = torch.split(tokens.to(place), batch)
+            batches = torch.split(tokens.to(device), batch)
             _run(model, blocks, weights, recorder, batches, advance or (lambda done, total: None))
     except SurgeryError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise OptionError(
-            "The calibration does not fit into the device's memory. Give fewer --samples, a shorter --seq-len, or --device cpu."
-        ) from error
     except Exception as error:
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        if out_of_memory(error):
             raise OptionError(
-                "The calibration does not fit into memory. Give fewer --samples or a shorter --seq-len."
+                "The calibration does not fit into memory. Give fewer --samples, a shorter --seq-len, or --device cpu."
             ) from error
         raise CheckpointError(
             f"{folder}: transformers cannot run {type(model).__name__} on text ({reason(error)}). Use a method that needs no "

@@ -84,6 +84,7 @@ def _input_norms(
 ) -> tuple[dict[str, Norm], dict[str, Any]]:
     """The norms of ft's input features by tensor, and what they were measured on."""
     from surgery.calibrate import lockstep, text
+    from surgery.model.device import find_device
 
     ft, folder = job.pair.ft, _folder(job)
     with ExitStack() as stack:
@@ -110,7 +111,7 @@ def _input_norms(
             ft,
             folder,
             tokens,
-            device=_device(device),
+            device=find_device(device),
             batch=calibration.batch,
             advance=advance,
             checksums=checksums,
@@ -139,9 +140,3 @@ def _magnitude_notes(job: Job, norms: dict[str, Norm]) -> list[str]:
 def _folder(job: Job) -> Path:
     """Where config.json and the tokenizer lie."""
     return (job.pair.pre if job.pair.ft.format in BORROWING else job.pair.ft).folder
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked

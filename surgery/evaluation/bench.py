@@ -68,7 +68,7 @@ class Bench:
     ) -> None:
         if importlib.util.find_spec("transformers") is None:
             raise OptionError("Scoring models needs transformers: pip install 'model-surgery[eval]'.")
-        from surgery.evaluation.model import find_device
+        from surgery.model.device import find_device
 
         if not measures:
             raise OptionError("There is nothing to measure. Give a file or a task with --task and --general.")

@@ -15,7 +15,7 @@ import torch
 
 from surgery.checkpoint.fingerprint import weights_fingerprint
 from surgery.checkpoint.source import Checkpoint
-from surgery.errors import CheckpointError, OptionError, SurgeryError, reason
+from surgery.errors import CheckpointError, OptionError, SurgeryError, out_of_memory, reason
 from surgery.model.pretrained import load_tokenizer, max_positions
 from surgery.model.skeleton import fill_tables, skeleton
 from surgery.model.weights import Weights
@@ -109,24 +109,9 @@ class LanguageModel:
         except SurgeryError:
             raise
         except Exception as error:
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            if out_of_memory(error):
                 raise OptionError("Scoring does not fit into memory. Give a smaller --batch-size.") from error
             raise CheckpointError(
                 f"{self.folder}: transformers cannot run {type(self.model).__name__} on this text ({reason(error)}). Check that "
                 "the tokenizer and config.json belong to the weights."
             ) from error
-
-
-def find_device(asked: str) -> torch.device:
-    """The device that an option names: "auto" is a GPU where there is one.
-
-    Raises:
-        OptionError: there is no such device.
-    """
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked != "cpu":
-        from surgery.engines import cuda
-
-        return cuda.find_device(asked)
-    return torch.device(asked)

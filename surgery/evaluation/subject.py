@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery import apply, diff, report
+from surgery import apply, report
 from surgery.checkpoint.delta import FORMAT, open_delta
 from surgery.checkpoint.draft import REPORT
 from surgery.checkpoint.header import read_header
@@ -23,6 +23,7 @@ from surgery.edited import Edited
 from surgery.errors import CheckpointError, OptionError
 from surgery.job import Job, beside
 from surgery.methods import parameters
+from surgery.moved import moved
 from surgery.paths import exists, expanded
 
 Content = Path | Tensor | bytes
@@ -148,8 +149,8 @@ def tuned_subject(both: Pair, label: str = "ft") -> Subject:
     """
 
     def against() -> tuple[float | None, float | None]:
-        totals = diff.measure(both, diff.comparable(both))["totals"]
-        return totals["distance"], totals["unchanged_share"]
+        totals = report.as_json(report.summarize(moved(both.items)))
+        return totals["distance_after"], totals["effective_sparsity"]
 
     return Subject(label, both.ft, beside(both), *_made(both.ft), against)
 

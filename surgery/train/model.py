@@ -16,7 +16,7 @@ from surgery.checkpoint.formats import PYTORCH, SAFETENSORS
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
-from surgery.errors import CheckpointError, reason
+from surgery.errors import CheckpointError, out_of_memory, reason
 from surgery.model import pretrained
 from surgery.torch_types import DTYPES, main_dtype
 
@@ -63,9 +63,9 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{checkpoint.folder}: transformers cannot build a language model of it ({reason(error)}). Its architecture must be "
             "one that transformers itself knows."

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from surgery import diff, kernels
-from surgery.actions import Keep
-from surgery.checkpoint.checksum import Checksum
+from surgery import diff
 from surgery.checkpoint.draft import REPORT
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.pair import Item
 from surgery.checkpoint.source import Checkpoint
-from surgery.engines.chunks import Chunks, Sides
-from surgery.engines.plan import Step
-from surgery.engines.results import Result
 from surgery.layout import place
-from surgery.report import as_json, by_category, describe, dumps, provenance, summarize, versions
-from surgery.stream import Tick, stream, workers
+from surgery.moved import moved
+from surgery.report import as_json, by_category, dumps, provenance, summarize, versions
 from surgery.train.settings import Settings
-from surgery.verify import checksum_of, stored
+from surgery.verify import stored
 
 SETTINGS = "surgery-train.yaml"
 LIBRARIES = ("transformers", "trl", "accelerate", "datasets", "peft")
@@ -48,11 +42,11 @@ def document(
         result: the folder that becomes the output.
     """
     both = diff.prepare(str(checkpoint.folder), str(result))
-    lines = _measured(both.items)
+    lines = moved(both.items)
     own = lines
     if settings.keep_adapter:
         tensors = stored(resolve(str(result), companions=False)).values()
-        own = _measured([Item(tensor, None, place(tensor.name)) for tensor in tensors])
+        own = moved([Item(tensor, None, place(tensor.name)) for tensor in tensors])
     return {
         "method": "train",
         "command": list(command),
@@ -68,47 +62,6 @@ def document(
         "categories": {name: as_json(group) for name, group in by_category(lines).items()},
         "tensors": own,
     }
-
-
-def _measured(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """A line of the report for each tensor; its action is "trained", or "unchanged" where every value is the start's."""
-    found = dict[str, Result]()
-
-    def work(tick: Tick) -> Callable[[Item], None]:
-        chunks = Chunks(tick)
-
-        def one(item: Item) -> None:
-            found[item.ft.name] = _result(item, chunks)
-
-        return one
-
-    stream(sorted(items, key=lambda item: -item.ft.nbytes), work, workers(None), lambda _: None)
-    lines = []
-    for item in items:
-        line = describe(Step(item.ft, item.pre, item.place, Keep()), found[item.ft.name])
-        lines.append(line | {"action": "unchanged" if line["differ"] == 0 else "trained"})
-    return lines
-
-
-def _result(item: Item, chunks: Chunks) -> Result:
-    """The checksum of a tensor, and where it has a base how far it went from there."""
-    pre, ft = item.pre, item.ft
-    if pre is None or not ft.is_float:
-        return Result(checksum=checksum_of(ft, chunks.tick))
-    checksum, parts = Checksum(), []
-    with pre.open() as base, ft.open() as tuned:
-        for start, old, new in chunks.read(Sides(pre, ft, base, tuned)):
-            checksum.add(start * new.itemsize, new)
-            parts.append(kernels.distance(pre.dtype, old, ft.dtype, new))
-    moved, weight = math.fsum(part.delta2 for part in parts), math.fsum(part.weight2 for part in parts)
-    return Result(
-        differ=sum(part.differ for part in parts),
-        before2=0.0,
-        after2=moved,
-        weight2=weight,
-        nonfinite=not math.isfinite(moved + weight),
-        checksum=checksum.text(),
-    )
 
 
 def continual(losses: list[list[float]]) -> dict[str, Any]:

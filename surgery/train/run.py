@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.draft import check_output
-from surgery.errors import OptionError, SurgeryError
+from surgery.errors import OptionError, SurgeryError, out_of_memory
 from surgery.records import local
 from surgery.rows import Data, Row, read
 from surgery.train.data import hold_out, replayed
@@ -99,7 +99,7 @@ def train(
                 raise OptionError(
                     f"The chat template cannot render the data ({error}). Correct the messages."
                 ) from error
-            if _out_of_memory(error):
+            if out_of_memory(error):
                 raise SurgeryError(
                     f"Out of memory. Raise --accumulation, lower --seq-len, or add --gradient-checkpointing.{kept}"
                 ) from error
@@ -340,15 +340,6 @@ def _template_error(error: BaseException) -> bool:
     from jinja2 import TemplateError
 
     return isinstance(error, TemplateError)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-    )
 
 
 @contextlib.contextmanager
