@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_compare import pair_of
-from tiny_model import questions, write
+from tiny_model import questions
 
 import surgery
 from surgery.__main__ import main
@@ -98,12 +98,3 @@ def test_one_word_a_path_and_a_list_mean_the_same(data: dict[str, Path]) -> None
 def test_importing_surgery_imports_no_heavy_library() -> None:
     program = "import sys, surgery; print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
-
-
-def test_records_can_be_given_as_files(data: dict[str, Path], tmp_path: Path) -> None:
-    pairs = write(
-        tmp_path / "pairs.jsonl", [{"sentence_good": f"w{n} w1", "sentence_bad": f"w1 w{n}"} for n in range(8)]
-    )
-    scores = surgery.evaluate(data["pre"], [str(pairs)])["pairs"]
-    assert scores.kind == "share"
-    assert set(scores.values) <= {0.0, 1.0}
