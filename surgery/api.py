@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint.draft import check_output
+from surgery.checkpoint.output import check_output
 from surgery.checkpoint.pair import Pair, pair
 from surgery.checkpoint.source import Checkpoint, open_both
+from surgery.editing.job import Job, plan_pair
 from surgery.errors import OptionError
 from surgery.evaluation.scoring import Scoring
 from surgery.evaluation.subject import Subject, base_subject, edited_subject, open_base, open_subject, tuned_subject
-from surgery.job import Job, plan_pair
 from surgery.methods import METHODS, Method
 
 if TYPE_CHECKING:
@@ -70,30 +70,30 @@ class Comparison:
         return rows
 
     def __str__(self) -> str:
-        from surgery.display_compare import as_text
+        from surgery.comparison.display import as_text
 
         return as_text(self.document)
 
     def _repr_html_(self) -> str:
-        from surgery.page.table import table
+        from surgery.comparison.page.table import table
 
         return table(self.document)
 
     def pareto(self) -> Figure:
         """Retention against forgetting, with intervals."""
-        from surgery.plot_results import pareto
+        from surgery.comparison.plot import pareto
 
         return pareto(self.document)
 
     def skills(self) -> Figure:
         """The score on each measure."""
-        from surgery.plot_results import skills
+        from surgery.comparison.plot import skills
 
         return skills(self.document)
 
     def curves(self) -> Figure:
         """Scores against the setting of each method that has several."""
-        from surgery.plot_results import curves
+        from surgery.comparison.plot import curves
 
         return curves(self.document)
 
@@ -103,7 +103,7 @@ class Comparison:
         Raises:
             OutputError: the folder cannot be written, or holds something else.
         """
-        from surgery.results import PAGE, Folder
+        from surgery.comparison.folder import PAGE, Folder
 
         Folder(Path(folder)).write(self.document)
         return Path(folder) / PAGE
@@ -141,7 +141,7 @@ def edit(
         OptionError: there is no such method, or its parameters do not fit it or the model.
         SurgeryError: the output cannot be written.
     """
-    from surgery.editing import run
+    from surgery.editing.run import run
 
     job = plan_pair(pair, _method(method, parameters))
     if out is None:
@@ -213,7 +213,7 @@ def compare(
         OptionError: two rows have one name.
         SurgeryError: a model cannot be opened, or pre, ft or a measure is not as it should be.
     """
-    from surgery import comparison
+    from surgery.comparison import compare as comparison
 
     scoring = Scoring(task=_names(task), general=_names(general), metric=metric, limit=limit, **options)
     named: Iterable[tuple[str | None, Model]]

@@ -9,6 +9,7 @@ A name that no rule knows has the category "other"; it is for the caller to repo
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -180,3 +181,27 @@ def module(name: str) -> str:
     found = _LAYER.search(name)
     inner = name[found.end("index") + 1 :] if found else name
     return re.sub(r"(?<=experts\.)[0-9]+(?=\.|$)", "#", unit(inner))
+
+
+def align(pre: Collection[str], ft: Collection[str]) -> tuple[dict[str, str], str | None]:
+    """Names in ft -> names in pre, by a prefix that one side has and the other lacks where that matches more."""
+    same = {name: name for name in ft if name in pre}
+    if len(same) == len(ft):
+        return same, None
+    best, note = same, None
+    for prefix in sorted(_prefixes(pre) | _prefixes(ft)):
+        added = {name: prefix + name for name in ft if prefix + name in pre}
+        removed = {name: name[len(prefix) :] for name in ft if name.startswith(prefix) and name[len(prefix) :] in pre}
+        for names, side in ((added, "ft"), (removed, "pre")):
+            if len(names) > len(best):
+                best, note = names | same, f"Names in {side} lack the prefix {prefix!r}: paired without it."
+    return best, note
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """The first one, two and three segments of the names of layers: "model.", "model.decoder."."""
+    found: set[str] = set()
+    for name in names:
+        head = name.split(".")[:3]
+        found.update(".".join(head[:count]) + "." for count in range(1, len(head)))
+    return found

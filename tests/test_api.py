@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import pair_of
-from tiny_model import questions
+from helpers.tiny_model import pair_of, questions
 
 import surgery
 from surgery.__main__ import main

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import CORE, FAMILIES, Family
+from helpers.families import CORE, FAMILIES, Family
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from surgery.demo.run import Effort, demo
-from surgery.editing import run
-from surgery.job import prepare
+from surgery.editing.job import prepare
+from surgery.editing.run import run
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 

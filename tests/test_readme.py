@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_llama_pair
-from test_compare import pair_of
-from tiny_model import questions, write
+from helpers.checkpoints import tiny_llama_pair
+from helpers.tiny_model import pair_of, questions, write
 
 from surgery.__main__ import main
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint.header import read_header
+from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, OptionError
 from surgery.methods.wanda import Norm
-from surgery.outfile import OutFile
+from surgery.paths import OutFile
 
 FORMAT = "surgery-input-norms"
 ENDINGS = (".safetensors",)

@@ -27,8 +27,7 @@ from surgery.checkpoint.source import Checkpoint
 from surgery.errors import CheckpointError, OptionError, SurgeryError, out_of_memory, reason
 from surgery.methods.wanda import Norm
 from surgery.model.skeleton import call_arguments, fill_tables, skeleton
-from surgery.model.weights import Weights
-from surgery.torch_types import main_dtype
+from surgery.model.weights import Weights, main_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from surgery.actions import PruneRows
 from surgery.calibrate import cache
-from surgery.checkpoint.fingerprint import weights_fingerprint
+from surgery.checkpoint.checksum import weights_fingerprint
 from surgery.checkpoint.pair import some
 from surgery.checkpoint.source import BORROWING
+from surgery.editing.job import Job, replan
 from surgery.errors import OptionError
-from surgery.job import Job, replan
+from surgery.methods.actions import PruneRows
 from surgery.methods.wanda import Norm, Wanda
-from surgery.outfile import OutFile
+from surgery.paths import OutFile
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def activations(job: Job, calibration: Calibration) -> int:
     """A bound on what the samples keep in memory between two layers."""
     from surgery.model.pretrained import max_positions
     from surgery.model.skeleton import activation_bytes, read_config
-    from surgery.torch_types import main_dtype
+    from surgery.model.weights import main_dtype
 
     config = read_config(_folder(job))
     length = min(calibration.length, max_positions(config) or calibration.length)
@@ -84,7 +84,7 @@ def _input_norms(
 ) -> tuple[dict[str, Norm], dict[str, Any]]:
     """The norms of ft's input features by tensor, and what they were measured on."""
     from surgery.calibrate import lockstep, text
-    from surgery.model.device import find_device
+    from surgery.device import find_device
 
     ft, folder = job.pair.ft, _folder(job)
     with ExitStack() as stack:

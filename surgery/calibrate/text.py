@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.data.records import ENDINGS, local, records
 from surgery.errors import OptionError, reason
 from surgery.model.pretrained import load_tokenizer, max_positions
 from surgery.model.skeleton import read_config
-from surgery.records import ENDINGS, local, records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,11 +30,11 @@ import numpy as np
 
 from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.companions import travels
+from surgery.checkpoint.dtypes import BITS, RAW, Array, narrow, widen
 from surgery.checkpoint.durable import explained, lock, postponed, same_file, sync_folder, uninterrupted
-from surgery.checkpoint.header import encode_header, read_header
-from surgery.checkpoint.tensor import BITS, Reader, Span, Tensor
+from surgery.checkpoint.formats.safetensors import encode_header, read_header
+from surgery.checkpoint.tensor import Reader, Span, Tensor
 from surgery.errors import CheckpointError, OutputError
-from surgery.kernels import RAW, Array, narrow, widen
 
 FORMAT = "surgery-task-vector"
 FILE = "file:"

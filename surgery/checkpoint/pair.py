@@ -6,33 +6,17 @@ Everything that can be refused about a pair is refused here, from headers alone,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from surgery.checkpoint.item import Item
 from surgery.checkpoint.source import Checkpoint
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, PairError
-from surgery.layout import Place, place
+from surgery.layout import align, place
 
 # What quantized weights are packed into. A mask or a counter, of another integer type, is copied.
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A tensor of ft, its place in the model, and its base in pre (None where only ft has it).
-
-    Of a vocabulary that is larger on one side the base is the rows that both have: pre's shape may be smaller than ft's.
-    """
-
-    ft: Tensor
-    pre: Tensor | None
-    place: Place
-
-    @property
-    def editable(self) -> bool:
-        """Whether a method may touch it: paired, floating point, and of a known category."""
-        return self.pre is not None and self.ft.is_float and self.place.category != "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,30 +129,6 @@ def refuse_quantized(tensor: Tensor) -> None:
             f"{tensor.path}: {tensor.name} is quantized ({tensor.dtype}), so its numbers are codes. Dequantize the model to "
             "bfloat16 first."
         )
-
-
-def align(pre: Collection[str], ft: Collection[str]) -> tuple[dict[str, str], str | None]:
-    """Names in ft -> names in pre, by a prefix that one side has and the other lacks where that matches more."""
-    same = {name: name for name in ft if name in pre}
-    if len(same) == len(ft):
-        return same, None
-    best, note = same, None
-    for prefix in sorted(_prefixes(pre) | _prefixes(ft)):
-        added = {name: prefix + name for name in ft if prefix + name in pre}
-        removed = {name: name[len(prefix) :] for name in ft if name.startswith(prefix) and name[len(prefix) :] in pre}
-        for names, side in ((added, "ft"), (removed, "pre")):
-            if len(names) > len(best):
-                best, note = names | same, f"Names in {side} lack the prefix {prefix!r}: paired without it."
-    return best, note
-
-
-def _prefixes(names: Iterable[str]) -> set[str]:
-    """The first one, two and three segments of the names of layers: "model.", "model.decoder."."""
-    found: set[str] = set()
-    for name in names:
-        head = name.split(".")[:3]
-        found.update(".".join(head[:count]) + "." for count in range(1, len(head)))
-    return found
 
 
 def _tie_head(pre: Checkpoint, ft: Checkpoint, base: dict[str, Tensor]) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.formats import ADAPTER, BY_ENDING, GGUF, META, PYTORCH, SAFETENSORS, Choice, choose
-from surgery.checkpoint.header import Header, read_header
+from surgery.checkpoint.formats.safetensors import Header, read_header
 from surgery.checkpoint.hub import Source, resolve
-from surgery.checkpoint.json_file import read_json
+from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, PairError
 

@@ -8,26 +8,14 @@ no format needs a tensor in memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
+from surgery.checkpoint.dtypes import BITS, FLOAT_BITS, QUANTIZED_BITS
 from surgery.errors import CheckpointError
-
-FLOAT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
-INTEGER_BITS = {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}
-QUANTIZED_BITS = {
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F4": 4,
-}
-BITS = {**FLOAT_BITS, **INTEGER_BITS, **QUANTIZED_BITS, "C64": 64}
 
 
 class Handle(Protocol):
@@ -194,3 +182,49 @@ def read_into(file: BinaryIO, view: memoryview) -> None:
         if not got:
             raise EOFError
         done += got
+
+
+class Sink(Protocol):
+    """Where a tensor's bytes go."""
+
+    def write(self, offset: int, data: Any) -> None:
+        """Put bytes at an offset from the tensor's first byte."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """The data of a tensor that is made anew each time it is opened.
+
+    Attributes:
+        path: the file to name when something is wrong.
+        nbytes: how many bytes there are.
+        make: puts them into a sink.
+    """
+
+    path: Path
+    nbytes: int
+    make: Callable[[Sink], None]
+
+    def open(self) -> Made:
+        made = Made(self.nbytes)
+        self.make(made)
+        return made
+
+
+class Made:
+    """A tensor's bytes in memory: a sink first, then a handle."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.view = memoryview(bytearray(nbytes))
+
+    def write(self, offset: int, data: Any) -> None:
+        part = memoryview(data).cast("B")
+        self.view[offset : offset + len(part)] = part
+
+    def read(self, offset: int, view: memoryview) -> None:
+        if offset + len(view) > len(self.view):
+            raise EOFError
+        view[:] = self.view[offset : offset + len(view)]
+
+    def close(self) -> None:
+        self.view = memoryview(b"")

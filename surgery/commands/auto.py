@@ -16,10 +16,10 @@ from surgery.commands.scoring import OPTIONS
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
+    from surgery.comparison.sweep import Edits
+    from surgery.editing.job import Job
     from surgery.evaluation.scoring import Scoring
-    from surgery.job import Job
     from surgery.methods import Method
-    from surgery.sweep import Edits
 
 AUTO = "auto"
 TRIED = "0:1:0.01"  # sparsities
@@ -72,10 +72,10 @@ def auto_sparsity(make_method: "Callable[..., Method]", complete: "Callable[...,
         if dry_run:
             job.pair.notes.append("The sparsity would be searched for.")
             return job
-        from surgery.choose import Limit
-        from surgery.display_compare import scoring_progress
-        from surgery.grid import numbers
-        from surgery.sweep import sweep
+        from surgery.comparison.choose import Limit
+        from surgery.comparison.display import scoring_progress
+        from surgery.comparison.grid import numbers
+        from surgery.comparison.sweep import sweep
 
         edits = _edits(job, own, device, more, "sparsity")
         settings = [replace(job.method, sparsity=value) for value in numbers(TRIED, "--sparsity")]  # type: ignore[type-var]
@@ -129,9 +129,9 @@ def optimizing(make_method: "Callable[..., Method]") -> Any:
     def finish(job: "Job", device: str, dry_run: bool, **own: Any) -> "Job":
         if not own["optimize"]:
             return job
-        from surgery.display_compare import scoring_progress
+        from surgery.comparison.display import scoring_progress
+        from surgery.comparison.optimize import optimize
         from surgery.methods.scope import share
-        from surgery.optimize import optimize
 
         center = 0.3 if own["mean"] is None else own["mean"]
         share("mean", center)
@@ -213,9 +213,9 @@ def _scoring(own: dict[str, Any], device: str) -> "Scoring":
 
 def _edits(job: "Job", own: dict[str, Any], device: str, more: Sequence[inspect.Parameter], setting: str) -> "Edits":
     """The job at any setting, and the command line for it: the one that was typed, without the search."""
+    from surgery.comparison.grid import setting_words
+    from surgery.comparison.sweep import Edits
     from surgery.evaluation.subject import open_subjects
-    from surgery.grid import setting_words
-    from surgery.sweep import Edits
 
     typed = ["surgery", *sys.argv[1:]]
     flags = {"--optimize", "--resume"}

@@ -39,10 +39,10 @@ def _compare(
     Kept is the task's score as a share of ft's; forgot is pre's average of the general scores less the model's. Losses and
     perplexities count there by how likely a token is, compared with ft and with pre. Needs pip install 'model-surgery\\[eval]'.
     """
-    from surgery.comparison import compare
-    from surgery.display_compare import scoring_progress, show
+    from surgery.comparison.compare import compare
+    from surgery.comparison.display import scoring_progress, show
+    from surgery.comparison.folder import Folder
     from surgery.evaluation.subject import open_subjects
-    from surgery.results import Folder
 
     folder = Folder(report) if report else None
     subjects = open_subjects(pre, ft, checkpoints or ())

@@ -40,9 +40,11 @@ def _extract(
     For each tensor, a bit mask of the entries that are not pre's, and their bits. surgery apply makes the checkpoint of it again.
     """
     from surgery import display
-    from surgery.editing import check_machine
-    from surgery.extract import check_file, extract
-    from surgery.job import plan
+    from surgery.checkpoint.output import check_file
+    from surgery.editing.display import show_report
+    from surgery.editing.extract import extract
+    from surgery.editing.job import plan
+    from surgery.editing.run import check_machine
 
     check_machine(device, workers)
     job = plan(pre, ft, method, strict=strict)
@@ -60,7 +62,7 @@ def _extract(
             advance=advance,
         )
     seconds = time.monotonic() - start
-    display.show_report(report, target, nbytes=nbytes, seconds=seconds, as_json=as_json)
+    show_report(report, target, nbytes=nbytes, seconds=seconds, as_json=as_json)
     if not as_json:
         display.say(f"{nbytes / job.nbytes:.1%} of the checkpoint's {job.nbytes:,} bytes")
 
@@ -82,14 +84,16 @@ def _apply(
 
     A base with another fingerprint is refused.
     """
-    from surgery import apply, display
+    from surgery import display
+    from surgery.editing import apply
+    from surgery.editing.display import show_report
 
     job = apply.prepare(pre, delta, out=out, force=force)
     start = time.monotonic()
     with display.progress(job.reading) as advance:
         report = apply.run(job, workers=workers, command=["surgery", *sys.argv[1:]], advance=advance)
     seconds = time.monotonic() - start
-    display.show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=as_json)
+    show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=as_json)
 
 
 def _verify(
@@ -105,7 +109,8 @@ def _verify(
     Every tensor is read and its checksum compared. With --pre and --ft, every entry of a pruned or reset tensor must be one of
     theirs, and the counts those of the report. Exit code 1 and the first tensor that is wrong, if one is.
     """
-    from surgery import display, verify
+    from surgery import display
+    from surgery.editing import verify
 
     if (pre is None) != (ft is None):
         raise OptionError("--pre and --ft go together: give both, or neither.")

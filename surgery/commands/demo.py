@@ -29,8 +29,8 @@ def _demo(
 
 
 def _edit(pre: Path, ft: Path, out: Path, method: str, **options: Any) -> dict[str, Any]:
-    from surgery.editing import run
-    from surgery.job import prepare
+    from surgery.editing.job import prepare
+    from surgery.editing.run import run
     from surgery.methods import METHODS
 
     text = options.pop("calibration", None)

@@ -54,15 +54,15 @@ def _diff(
     """
     from contextlib import ExitStack
 
-    from surgery.diff import as_csv, comparable, measure, prepare, select
+    from surgery.diff.display import show_diff, show_tensor
+    from surgery.diff.measure import as_csv, comparable, measure, prepare, select
     from surgery.display import progress
-    from surgery.display_diff import show_diff, show_tensor
-    from surgery.outfile import OutFile
-    from surgery.stream import workers as count_workers
+    from surgery.engines.stream import workers as count_workers
+    from surgery.paths import OutFile
 
     count_workers(workers)
     if plot:
-        from surgery.plot import ENDINGS, check_matplotlib
+        from surgery.diff.plot import ENDINGS, check_matplotlib
 
         check_matplotlib()
     with ExitStack() as places:
@@ -84,11 +84,11 @@ def _diff(
 
 
 def _draw(both: "Pair", document: dict[str, Any], tensor: str | None, kind: str) -> bytes:
-    from surgery.plot import four_panels, heat_map, render
+    from surgery.diff.plot import four_panels, heat_map, render
 
     if tensor is None:
         return render(heat_map(document), kind)
-    from surgery.diff import select
-    from surgery.panels import reduce
+    from surgery.diff.measure import select
+    from surgery.diff.panels import reduce
 
     return render(four_panels(reduce(select(both, tensor)), tensor), kind)

@@ -13,7 +13,7 @@ import typer
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
-    from surgery.job import Job
+    from surgery.editing.job import Job
     from surgery.methods import Method
     from surgery.methods.scope import Scope
 
@@ -228,15 +228,16 @@ def _edit(
     workers: Workers = None,
 ) -> None:
     from surgery import display
-    from surgery.editing import check_machine, run
-    from surgery.job import prepare
+    from surgery.editing.display import show_plan, show_report
+    from surgery.editing.job import prepare
+    from surgery.editing.run import check_machine, run
 
     check_machine(device, workers)
     job = prepare(pre, ft, method, out=out, force=force, strict=strict, max_shard_size=max_shard_size, label=label)
     if complete is not None:
         job = complete(job, device, dry_run, allow_nonfinite=allow_nonfinite)
     if dry_run:
-        display.show_plan(job, as_json=as_json)
+        show_plan(job, as_json=as_json)
         return
     start = time.monotonic()
     with display.progress(job.reading) as advance:
@@ -250,7 +251,7 @@ def _edit(
             advance=advance,
         )
     seconds = time.monotonic() - start
-    display.show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=as_json)
+    show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=as_json)
 
 
 def edit_command(
@@ -264,7 +265,7 @@ def edit_command(
         make_method: makes the method from its own options.
         complete: takes the checked job, the device, whether it is a dry run, allow_nonfinite, and those options; returns the job
             to run.
-        label: takes those options; see `surgery.job.prepare`.
+        label: takes those options; see `surgery.editing.job.prepare`.
     """
     own = inspect.signature(make_method).parameters
     common = dict(inspect.signature(_edit).parameters)

@@ -13,9 +13,9 @@ from surgery.commands.scoring import AsJson, Ft, Report, scoring_command
 from surgery.errors import OptionError
 
 if TYPE_CHECKING:
+    from surgery.comparison.sweep import Edits
     from surgery.evaluation.scoring import Scoring
     from surgery.methods import Method
-    from surgery.sweep import Edits
 
 SETTINGS, CHOICE = "Settings", "Choice"
 # Methods that each option of a setting is for, and what is tried where it is not given.
@@ -102,15 +102,15 @@ def _sweep(
     """
     from surgery import display
     from surgery.calibrate.run import Calibration, calibrated
-    from surgery.checkpoint.draft import check_output
-    from surgery.choose import parse_limit
-    from surgery.display_compare import scoring_progress, show
+    from surgery.checkpoint.output import check_output
+    from surgery.comparison.choose import parse_limit
+    from surgery.comparison.display import scoring_progress, show
+    from surgery.comparison.folder import Folder
+    from surgery.comparison.grid import Grid, command_words, label, numbers, triples, whole_numbers
+    from surgery.comparison.sweep import Edits, sweep
+    from surgery.editing.job import plan, replan
     from surgery.evaluation.subject import open_subjects
-    from surgery.grid import Grid, command_words, label, numbers, triples, whole_numbers
-    from surgery.job import plan, replan
     from surgery.methods import Wanda
-    from surgery.results import Folder
-    from surgery.sweep import Edits, sweep
 
     given = {
         "sparsity": sparsity,
@@ -203,7 +203,7 @@ def _completed(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
 def _write(edits: "Edits", method: "Method", sentence: str, out: Path, force: bool) -> None:
     """Write the checkpoint of a setting, whose report says how it was chosen."""
     from surgery import display
-    from surgery.editing import run
+    from surgery.editing.run import run
 
     job = edits.job(method)
     job.pair.notes.append(sentence)

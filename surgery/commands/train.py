@@ -225,7 +225,7 @@ def _train(
     """
     from contextlib import ExitStack
 
-    from surgery.outfile import OutFile
+    from surgery.paths import OutFile
     from surgery.train.display import Screen
     from surgery.train.run import Observer, train
     from surgery.train.settings import Settings, read_config
@@ -239,7 +239,7 @@ def _train(
             raise OptionError(f"--{key} is missing. Give it here or in --config.")
     settings = Settings(**values | {"data": tuple(values["data"])})
     if plot is not None:
-        from surgery.plot import ENDINGS, check_matplotlib, render
+        from surgery.diff.plot import ENDINGS, check_matplotlib, render
 
         if not settings.multi:
             raise OptionError("--plot draws the scores of several tasks: give more than one --data, or leave it out.")
@@ -255,7 +255,7 @@ def _train(
             observer=Observer(screen.say, screen.step),
         )
         if picture is not None:
-            from surgery.plot_continual import heat_map
+            from surgery.train.plot import heat_map
 
             picture.write(render(heat_map(report), picture.path.suffix.lower()[1:]))
     screen.show(report, settings.out)

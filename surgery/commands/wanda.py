@@ -9,7 +9,7 @@ from surgery.commands.auto import auto_sparsity
 from surgery.commands.edit import Exclude, Include, Rest, ScopeName, Sparsity, make_scope
 
 if TYPE_CHECKING:
-    from surgery.job import Job
+    from surgery.editing.job import Job
     from surgery.methods import Method
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from surgery import kernels
+from surgery.checkpoint.dtypes import RAW, Array
 from surgery.checkpoint.tensor import Reader, Tensor
-from surgery.kernels import RAW, Array
+from surgery.engines import kernels
 
 # Entries of a chunk: both raw chunks stay in a core's second cache, and the interpreter lock changes hands seldom.
 CHUNK = 1 << 18

@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from surgery import kernels
-from surgery.actions import Blend, Keep, Merge, Prune, PruneRows, Reset
-from surgery.checkpoint.tensor import Reader, Tensor
-from surgery.computed import Sink
+from surgery.checkpoint.dtypes import RAW, Array, Floats, narrow, widen
+from surgery.checkpoint.tensor import Reader, Sink, Tensor
+from surgery.engines import kernels
 from surgery.engines.chunks import CHUNK, Chunks, Sides
+from surgery.engines.kernels import Distance
 from surgery.engines.merge import merge
-from surgery.engines.plan import Step
 from surgery.engines.results import Result, Sums
 from surgery.engines.rows import prune_rows
+from surgery.engines.selection import Search, rank, runs
 from surgery.errors import CheckpointError
-from surgery.kernels import RAW, Array, Distance, Floats
-from surgery.selection import Search, rank, runs
+from surgery.methods.actions import Blend, Keep, Merge, Prune, PruneRows, Reset, Step
 
 COPY_BYTES = 1 << 20
 SAME = Distance(0.0, 0.0, 0)
@@ -205,8 +204,8 @@ class CpuEngine:
         """
         if pre.dtype == ft.dtype:
             return base
-        cast = kernels.narrow(kernels.widen(pre.dtype, base), ft.dtype)
-        if not self.allow_nonfinite and not np.isfinite(kernels.widen(ft.dtype, cast)).all():
+        cast = narrow(widen(pre.dtype, base), ft.dtype)
+        if not self.allow_nonfinite and not np.isfinite(widen(ft.dtype, cast)).all():
             raise CheckpointError(
                 f"{pre.path}: {pre.name} holds NaN, Inf, or a number too large for ft's {ft.dtype}. Repair it, or allow it with "
                 "--allow-nonfinite."

@@ -10,41 +10,22 @@ Memory on the device: about 20 bytes for each entry of the largest tensor and wo
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from surgery.actions import Blend, Prune
-from surgery.checkpoint.tensor import Tensor
-from surgery.computed import Sink
+from surgery.checkpoint.dtypes import torch_type
+from surgery.checkpoint.tensor import Sink, Tensor
 from surgery.engines.cpu import CpuEngine, checked
-from surgery.engines.plan import Step
 from surgery.engines.results import Result
-from surgery.errors import CheckpointError, OptionError
+from surgery.engines.selection import keep_mask
+from surgery.errors import CheckpointError
+from surgery.methods.actions import Blend, Prune, Step
 from surgery.methods.hma import blend
-from surgery.selection import keep_mask
-from surgery.torch_types import DTYPES
 
 STAGING_BYTES = 32 << 20
-
-
-def find_device(name: str) -> torch.device:
-    """The device called "cuda" or "cuda:N".
-
-    Raises:
-        OptionError: no such device is here, or the name is none.
-    """
-    if not re.fullmatch(r"cuda(:[0-9]+)?", name):
-        raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}.")
-    if not torch.cuda.is_available():
-        raise OptionError("--device cuda: no CUDA device is available here. Use --device cpu.")
-    device = torch.device(name)
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise OptionError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0.")
-    return device
 
 
 class CudaEngine:
@@ -108,7 +89,7 @@ class CudaEngine:
                 self.tick(reader.fill(start, memoryview(part.numpy()).cast("B")))
                 loaded[start : start + len(part)].copy_(part, non_blocking=True)
                 self._used(turn)
-        return loaded.view(DTYPES[tensor.dtype])
+        return loaded.view(torch_type(tensor.dtype))
 
     def _store(self, out: torch.Tensor, sink: Sink) -> None:
         raw = out.view(torch.uint8)

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery import kernels
-from surgery.actions import Merge, Prune
+from surgery.checkpoint.dtypes import RAW, Array, narrow, widen
 from surgery.checkpoint.tensor import Tensor
+from surgery.engines import kernels
 from surgery.engines.chunks import CHUNK, Sides
+from surgery.engines.kernels import Distance
 from surgery.engines.results import Result, Sums
+from surgery.engines.selection import rank
 from surgery.errors import CheckpointError
-from surgery.kernels import RAW, Array, Distance
+from surgery.methods.actions import Merge, Prune
 from surgery.methods.ties import masked
-from surgery.selection import rank
 
 if TYPE_CHECKING:
-    from surgery.computed import Sink
+    from surgery.checkpoint.tensor import Sink
     from surgery.engines.cpu import CpuEngine
 
 Bools = NDArray[np.bool_]
@@ -73,7 +74,7 @@ def _merge(engine: CpuEngine, action: Merge, models: list[Sides], keeps: list[Ke
         changed, values = _values(
             action, models, base[at], [(chunk[at], part[at]) for chunk, part in zip(raw, kept, strict=True)]
         )
-        if not engine.allow_nonfinite and not np.isfinite(kernels.widen(ft.dtype, values)).all():
+        if not engine.allow_nonfinite and not np.isfinite(widen(ft.dtype, values)).all():
             raise CheckpointError(
                 f"{ft.name} of {ft.path} becomes too large for {ft.dtype} when it is merged. Lower --lam, or allow it with "
                 "--allow-nonfinite."
@@ -99,18 +100,18 @@ def _values(action: Merge, models: list[Sides], base: Array, tuned: list[tuple[A
         tuned: raw ft of each model, and whether the model keeps the entry.
     """
     dtype = models[0].ft.dtype
-    wide = kernels.widen(models[0].pre.dtype, base)
+    wide = widen(models[0].pre.dtype, base)
     vectors = []
     for model, (raw, kept) in zip(models, tuned, strict=True):
-        vector = (kernels.widen(model.ft.dtype, raw) - wide).astype(np.float32)
+        vector = (widen(model.ft.dtype, raw) - wide).astype(np.float32)
         vectors.append(masked(vector, kept))
     merged, parts = action.combine(vectors)
     step = np.float32(action.scale) * merged
-    values = kernels.narrow(wide + step, dtype)
+    values = narrow(wide + step, dtype)
     if action.scale == 1:
         alone = sum(part.astype(np.uint16) for part in parts) == 1
         for model, (raw, _), part in zip(models, tuned, parts, strict=True):
-            same = raw if model.ft.dtype == dtype else kernels.narrow(kernels.widen(model.ft.dtype, raw), dtype)
+            same = raw if model.ft.dtype == dtype else narrow(widen(model.ft.dtype, raw), dtype)
             words = values.view(f"u{values.itemsize}")
             words ^= (words ^ same.view(words.dtype)) * (part & alone)
     changed = step != 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.kernels import Distance
+from surgery.engines.kernels import Distance
 
 
 @dataclass(slots=True)

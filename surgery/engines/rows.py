@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from surgery import kernels
-from surgery.actions import Keep, PruneRows, Reset
+from surgery.checkpoint.dtypes import RAW, Array, Floats
 from surgery.checkpoint.tensor import Reader
+from surgery.engines import kernels
 from surgery.engines.chunks import CHUNK, Sides
 from surgery.engines.results import Result, Sums
-from surgery.kernels import RAW, Array, Floats
-from surgery.selection import Search, rank, runs
+from surgery.engines.selection import Search, rank, runs
+from surgery.methods.actions import Keep, PruneRows, Reset
 
 if TYPE_CHECKING:
-    from surgery.computed import Sink
+    from surgery.checkpoint.tensor import Sink
     from surgery.engines.cpu import CpuEngine
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint.fingerprint import weights_fingerprint
+from surgery.checkpoint.checksum import weights_fingerprint
 from surgery.errors import CheckpointError, OptionError, SurgeryError
 from surgery.evaluation.cache import Cache
 from surgery.evaluation.scores import Measure, Scores
 from surgery.evaluation.subject import Subject
-from surgery.report import versions
+from surgery.provenance import versions
 
 if TYPE_CHECKING:
-    from surgery.evaluation.model import LanguageModel
+    from surgery.model.language_model import LanguageModel
 
 # (label of the model, name of the measure, items done, items in all)
 Observe = Callable[[str, str, int, int], None]
@@ -49,7 +49,7 @@ class Bench:
     Args:
         measures: with names that differ.
         cache: where scores are kept between runs.
-        device, dtype, batch: of the model; see `surgery.evaluation.model.LanguageModel`.
+        device, dtype, batch: of the model; see `surgery.model.language_model.LanguageModel`.
         observe: told of the progress.
 
     Raises:
@@ -68,7 +68,7 @@ class Bench:
     ) -> None:
         if importlib.util.find_spec("transformers") is None:
             raise OptionError("Scoring models needs transformers: pip install 'model-surgery[eval]'.")
-        from surgery.model.device import find_device
+        from surgery.device import find_device
 
         if not measures:
             raise OptionError("There is nothing to measure. Give a file or a task with --task and --general.")
@@ -122,7 +122,7 @@ class Bench:
 
     def _load(self, subject: Subject, surroundings: str, fingerprint: str | None = None) -> LanguageModel:
         """The model with the subject's weights in it, which are read unless those with the fingerprint are there."""
-        from surgery.evaluation.model import LanguageModel
+        from surgery.model.language_model import LanguageModel
 
         if self._model is None or self._surroundings != surroundings:
             self._model = None  # before the next one takes memory

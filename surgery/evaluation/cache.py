@@ -15,8 +15,7 @@ import numpy as np
 
 from surgery.errors import OutputError
 from surgery.evaluation.scores import Scores
-from surgery.outfile import OutFile
-from surgery.paths import expanded
+from surgery.paths import OutFile, expanded
 
 FORMAT = 1
 

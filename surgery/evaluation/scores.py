@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from surgery.evaluation.model import LanguageModel
+    from surgery.model.language_model import LanguageModel
 
 Kind = Literal["share", "loss", "perplexity"]
 Floats = NDArray[np.float64]

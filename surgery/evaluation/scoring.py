@@ -27,7 +27,7 @@ class Scoring:
         seq_len: tokens of a window of text.
         max_new_tokens: of a generated answer.
         batch_size: sequences in one forward pass.
-        dtype, device: to compute in and on; see `surgery.evaluation.model.LanguageModel`.
+        dtype, device: to compute in and on; see `surgery.model.language_model.LanguageModel`.
         cache: a folder to keep scores in.
     """
 

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery import apply, report
 from surgery.checkpoint.delta import FORMAT, open_delta
-from surgery.checkpoint.draft import REPORT
-from surgery.checkpoint.header import read_header
+from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.hub import resolve
-from surgery.checkpoint.json_file import read_json
+from surgery.checkpoint.output import REPORT
 from surgery.checkpoint.pair import Pair, pair
+from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import Checkpoint, open_both, open_checkpoint
 from surgery.checkpoint.tensor import Tensor, read_bytes
-from surgery.edited import Edited
+from surgery.editing import apply, report
+from surgery.editing.edited import Edited
+from surgery.editing.job import Job, beside
+from surgery.editing.moved import moved
 from surgery.errors import CheckpointError, OptionError
-from surgery.job import Job, beside
 from surgery.methods import parameters
-from surgery.moved import moved
 from surgery.paths import exists, expanded
 
 Content = Path | Tensor | bytes

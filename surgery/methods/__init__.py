@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, ClassVar, Protocol
 
-from surgery.actions import Action
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
+from surgery.methods.actions import Action
 from surgery.methods.dare import Dare
 from surgery.methods.fapm import Fapm
 from surgery.methods.half_reset import HalfReset

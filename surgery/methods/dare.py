@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from surgery.actions import Action, Merge, Reset
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
+from surgery.methods.actions import Action, Merge, Reset
 from surgery.methods.scope import Scope, finite, number, plan_pruning, share
 
 # Entries that one block of the generator decides: four 64-bit words, 32 bits an entry.

@@ -25,10 +25,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from surgery.actions import Action, Keep, Reset
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
 from surgery.layout import place, unit
+from surgery.methods.actions import Action, Keep, Reset
 from surgery.methods.scope import number, one_of, share
 
 LEVELS = ("category", "layer", "model")

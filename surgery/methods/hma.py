@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from surgery.actions import Action, Blend, Keep, Reset
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
 from surgery.layout import Place
+from surgery.methods.actions import Action, Blend, Keep, Reset
 from surgery.methods.scope import number, share
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from surgery.actions import Action, Prune
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
+from surgery.methods.actions import Action, Prune
 from surgery.methods.scope import GROUPS, Scope, grouped, number, one_of, plan_pruning, share
 
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from surgery.actions import Action, Keep, Prune, Reset
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
+from surgery.methods.actions import Action, Keep, Prune, Reset
 
 SCOPES = {
     "all": ("attention", "feed_forward", "embedding", "head"),

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from surgery.actions import Action, Merge, Prune
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
 from surgery.methods import magnitude
+from surgery.methods.actions import Action, Merge, Prune
 from surgery.methods.scope import Scope, finite, number, plan_pruning, share
 
 

@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.actions import Action, PruneRows
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
+from surgery.methods.actions import Action, PruneRows
 from surgery.methods.scope import Scope, number, one_of, plan_pruning, share
 
 GROUPS = ("row", "tensor")

@@ -16,17 +16,16 @@ import numpy as np
 import torch
 
 from surgery.checkpoint.checksum import Checksum
+from surgery.checkpoint.dtypes import INTEGER_BITS, torch_type
 from surgery.checkpoint.source import Checkpoint
+from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, reason
 from surgery.methods.wanda import Norm
-from surgery.torch_types import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 READ_BYTES = 1 << 22
-_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-TORCH = {**DTYPES, **_INTEGERS, "BOOL": torch.bool}
 
 
 @dataclass
@@ -177,7 +176,7 @@ class Weights:
                 continue
             for _, source, _ in origin.sources:
                 tensor = self.checkpoint.tensors[source]
-                if tensor.dtype not in TORCH:
+                if not tensor.is_float and tensor.dtype not in INTEGER_BITS:
                     raise CheckpointError(
                         f"{tensor.path}: {source} has the type {tensor.dtype}, which cannot be run here."
                     )
@@ -237,7 +236,7 @@ class Weights:
 
     def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         tensor = self.checkpoint.tensors[name]
-        value = torch.empty(tensor.shape, dtype=TORCH[tensor.dtype])
+        value = torch.empty(tensor.shape, dtype=torch_type(tensor.dtype))
         checksum = Checksum() if name not in self.checksums else None
         if tensor.nbytes:
             view = memoryview(value.reshape(-1).view(torch.uint8).numpy())
@@ -329,3 +328,18 @@ class Weights:
 def _same(made: str, before: str) -> bool:
     """Whether two names differ by a model's prefix at most."""
     return made == before or made.endswith("." + before) or before.endswith("." + made)
+
+
+def main_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The floating-point type that most entries are stored in.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    entries: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.is_float:
+            entries[tensor.dtype] = entries.get(tensor.dtype, 0) + tensor.entries
+    if not entries:
+        raise CheckpointError("The checkpoint holds no floating-point tensor.")
+    return torch_type(max(entries, key=lambda dtype: entries[dtype]))

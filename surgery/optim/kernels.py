@@ -10,8 +10,9 @@ from functools import cache
 
 import numpy as np
 
-from surgery import kernels
-from surgery.kernels import Array, Counted, Floats
+from surgery import native
+from surgery.checkpoint.dtypes import Array, Floats, widen
+from surgery.engines.kernels import Counted
 from surgery.optim import noise
 
 # low, high, and whether to collect: as `selection.Search` draws it.
@@ -39,17 +40,17 @@ def advance(
     Args:
         score: "momentum": m; "gradient": g; "mv": m / √v, 0 where m = 0; "random": a whole number below 2²⁴.
         draw: key and first position of the random numbers.
-        gradient: raw, of dtype "BF16", "F16" or "F32" (see `surgery.kernels`).
+        gradient: raw, of dtype "BF16", "F16" or "F32" (see `surgery.engines.kernels`).
         m, v: one-dimensional, contiguous, as long.
         scores: as long, to write the scores into; None: they are not kept.
         bracket: low, high, and whether to collect.
     """
     rest1, keep, rest2 = np.float32(1 - betas[0]), np.float32(betas[1]), np.float32(1 - betas[1])
     low, high, collect = bracket
-    if kernels.native and dtype in kernels.native.dtypes:
+    if (compiled := native.compiled) and dtype in compiled.dtypes:
         inside, result = np.empty(len(m) if collect else 0, np.float32), np.empty(3, np.int64)
         _library().advance(
-            *(_FILTERS[score], *draw, rest1, keep, rest2, kernels.native.dtypes[dtype], gradient.ctypes.data, len(m)),
+            *(_FILTERS[score], *draw, rest1, keep, rest2, compiled.dtypes[dtype], gradient.ctypes.data, len(m)),
             *(m.ctypes.data, v.ctypes.data, None if scores is None else scores.ctypes.data),
             *(low, high, inside.ctypes.data if collect else None, result.ctypes.data),
         )
@@ -57,7 +58,7 @@ def advance(
         return Counted(above_low, above_high, inside[:collected].copy())
     key, first = draw
     with np.errstate(all="ignore"):
-        g = kernels.widen(dtype, gradient)
+        g = widen(dtype, gradient)
         m += rest1 * (g - m)
         v[:] = keep * v + rest2 * (g * g)
         if score == "mv":
@@ -93,7 +94,7 @@ def descend(
         numbers: decay, rate, root and ε.
     """
     decay, rate, root, epsilon = map(np.float32, numbers)
-    if kernels.native:
+    if native.compiled:
         _library().descend(
             *(score.ctypes.data, threshold, ties, decay, rate, root, epsilon),
             *(m.ctypes.data, v.ctypes.data, len(p), p.ctypes.data),
@@ -108,8 +109,9 @@ def descend(
 
 @cache
 def _library() -> ctypes.CDLL:
-    assert kernels.native
-    library = kernels.native.library
+    compiled = native.compiled
+    assert compiled
+    library = compiled.library
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
     code, word = ctypes.c_int, ctypes.c_uint64
     library.advance.argtypes = [

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgery import kernels
-from surgery.actions import Prune
-from surgery.kernels import Counted, Floats
+from surgery.checkpoint.dtypes import Floats
+from surgery.engines import kernels
+from surgery.engines.kernels import Counted
+from surgery.engines.selection import Search
 from surgery.methods import magnitude
+from surgery.methods.actions import Prune
 from surgery.optim.kernels import Bracket
 from surgery.optim.piece import Piece
-from surgery.selection import Search
 
 CHUNK = 1 << 18
 # How a function is mapped over chunks: `map`, or that of a pool of threads.

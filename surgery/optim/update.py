@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
-from surgery import kernels
-from surgery.kernels import Array, Counted, Floats
+from surgery.checkpoint.dtypes import Array, Floats, narrow, widen
+from surgery.engines.kernels import Counted
+from surgery.engines.selection import Search
 from surgery.optim import noise
 from surgery.optim.kernels import NOTHING, Bracket, advance, descend
 from surgery.optim.largest import SAMPLE, Each, chosen, largest, largest_of_pieces, places, slices
 from surgery.optim.piece import Piece
-from surgery.selection import Search
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 FUSED = ("cpu", "cuda", "mps", "xpu")
@@ -95,10 +95,10 @@ def on_cpu(update: Update, each: Each) -> None:
         if update.master is not None:
             values: Floats = _array(update.master)[at]
         else:
-            values = param[at] if name == "F32" else kernels.widen(name, param[at])
+            values = param[at] if name == "F32" else widen(name, param[at])
         descend(scores[at], threshold, max(ties - at.start, 0), update.numbers(), m[at], v[at], values)
         if name != "F32":
-            param[at] = _dithered(values, update, at) if update.stochastic else kernels.narrow(values, name)
+            param[at] = _dithered(values, update, at) if update.stochastic else narrow(values, name)
 
     list(each(settle, slices(len(m))))
 

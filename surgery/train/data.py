@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
+from surgery.data.rows import Row
 from surgery.errors import OptionError
-from surgery.rows import Row
 
 
 def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

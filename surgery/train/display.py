@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from surgery import display
-from surgery.report import dumps
+from surgery.provenance import dumps
 
 FIRST = 1
 

@@ -12,13 +12,14 @@ import torch
 
 from surgery.checkpoint.companions import companions
 from surgery.checkpoint.container import MAX_SHARD_SIZE
+from surgery.checkpoint.dtypes import torch_type
 from surgery.checkpoint.formats import PYTORCH, SAFETENSORS
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
 from surgery.errors import CheckpointError, out_of_memory, reason
 from surgery.model import pretrained
-from surgery.torch_types import DTYPES, main_dtype
+from surgery.model.weights import main_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def load_tokenizer(folder: Path, *, chat: bool) -> PreTrainedTokenizerBase:
 
 def stored_types(checkpoint: Checkpoint, dtype: str | None) -> Callable[[str], torch.dtype]:
     """What each parameter is written in, by its name: `dtype`, or where that is None what it is stored in now."""
-    stored = {tensor.name: DTYPES[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.is_float}
+    stored = {tensor.name: torch_type(tensor.dtype) for tensor in checkpoint.tensors.values() if tensor.is_float}
     most = main_dtype(checkpoint.tensors.values())
     return lambda name: getattr(torch, dtype) if dtype else stored.get(name, most)
 

@@ -9,16 +9,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from surgery import diff
-from surgery.checkpoint.draft import REPORT
 from surgery.checkpoint.hub import resolve
-from surgery.checkpoint.pair import Item
+from surgery.checkpoint.item import Item
+from surgery.checkpoint.output import REPORT
 from surgery.checkpoint.source import Checkpoint
+from surgery.diff import measure as diff
+from surgery.editing.moved import moved
+from surgery.editing.report import as_json, by_category, summarize
+from surgery.editing.verify import stored
 from surgery.layout import place
-from surgery.moved import moved
-from surgery.report import as_json, by_category, dumps, provenance, summarize, versions
+from surgery.provenance import dumps, origin, versions
 from surgery.train.settings import Settings
-from surgery.verify import stored
 
 SETTINGS = "surgery-train.yaml"
 LIBRARIES = ("transformers", "trl", "accelerate", "datasets", "peft")
@@ -50,7 +51,7 @@ def document(
     return {
         "method": "train",
         "command": list(command),
-        "pre": provenance(checkpoint),
+        "pre": origin(checkpoint),
         "ft": None,
         "output": settings.out.name,
         "versions": versions() | {name: version(name) for name in LIBRARIES},

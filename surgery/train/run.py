@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint.draft import check_output
+from surgery.checkpoint.output import check_output
+from surgery.data.records import local
+from surgery.data.rows import Data, Row, read
 from surgery.errors import OptionError, SurgeryError, out_of_memory
-from surgery.records import local
-from surgery.rows import Data, Row, read
 from surgery.train.data import hold_out, replayed
 from surgery.train.processes import find
 from surgery.train.settings import Settings

@@ -15,8 +15,8 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from surgery.data.rows import Row
 from surgery.errors import OptionError
-from surgery.rows import Row
 from surgery.train import sharding
 from surgery.train.anchor import Anchor
 from surgery.train.settings import Settings
@@ -205,7 +205,7 @@ def optimizer(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str
 
         return MoFO, {"lr": settings.rate, "alpha": settings.alpha, "filter": settings.filter, "seed": settings.seed}
     if settings.optim == "lion":
-        from surgery.train.lion import Lion
+        from surgery.optim.lion import Lion
 
         return Lion, {"lr": settings.rate}
     if settings.optim == "sgd":

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from surgery.checkpoint.draft import appear
 from surgery.checkpoint.durable import explained, lock, same_file, sync_file, sync_folder, uninterrupted
+from surgery.checkpoint.output import appear
 from surgery.errors import OutputError
 from surgery.train.settings import NEUTRAL
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
-from hooks import NOT_TEXT, opened, sample_tokens, saved
+from helpers.families import FAMILIES
+from helpers.hooks import NOT_TEXT, opened, sample_tokens, saved
 from safetensors.torch import load_file, save_file
 
 from surgery.calibrate.lockstep import measure
-from surgery.checkpoint.fingerprint import fingerprint, weights_fingerprint
+from surgery.checkpoint.checksum import fingerprint, weights_fingerprint
 from surgery.checkpoint.tensor import Reader
 from surgery.errors import CheckpointError, OptionError
 from surgery.model.skeleton import activation_bytes
@@ -175,7 +175,7 @@ def test_a_weight_that_is_used_outside_its_module_is_noticed(tmp_path: Path, mon
 
 def test_memory_grows_neither_with_the_layers_nor_with_the_maximum_context(tmp_path: Path) -> None:
     def run(layers: int, positions: int) -> dict[str, int]:
-        script = Path(__file__).with_name("calibration_memory.py")
+        script = Path(__file__).parents[1] / "helpers/calibration_memory.py"
         folder = tmp_path / f"{layers}"
         sizes = [str(size) for size in (layers, 1024, 4, 128, positions)]
         done = subprocess.run([sys.executable, script, folder, *sizes], capture_output=True, text=True, check=True)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import read_checkpoint
-from families import FAMILIES
-from hooks import NOT_TEXT, double_loop, expected, hooked, opened, sample_tokens, saved
+from helpers.checkpoints import read_checkpoint
+from helpers.families import FAMILIES
+from helpers.hooks import NOT_TEXT, double_loop, expected, hooked, opened, sample_tokens, saved
 from safetensors.torch import load_file, save_file
 
 from surgery.calibrate.lockstep import measure

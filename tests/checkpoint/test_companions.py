@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from helpers.checkpoints import write_checkpoint
 
 from surgery.checkpoint.companions import companions
 from surgery.errors import CheckpointError

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from surgery.checkpoint.draft import JOURNAL, Draft, check_output
+from surgery.checkpoint.draft import JOURNAL, Draft
+from surgery.checkpoint.output import check_output
 from surgery.checkpoint.tensor import Span, Tensor
 from surgery.errors import OutputError
 

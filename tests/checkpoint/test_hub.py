@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, Hub, hub
+from helpers.hub_server import TOKEN, Hub, hub
 
 from surgery.checkpoint.companions import travels
 from surgery.checkpoint.hub import Source, resolve

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import Tensors, tiny_llama, write_checkpoint
+from helpers.checkpoints import Tensors, tiny_llama, write_checkpoint
 
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.pair import Pair, pair

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import INDEX, write_checkpoint
+from helpers.checkpoints import INDEX, write_checkpoint
 from safetensors.torch import save_file
 
 from surgery.checkpoint.container import Container, Shard

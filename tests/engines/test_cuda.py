@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from helpers.checkpoints import write_checkpoint
 
-from surgery.editing import run
+from surgery.device import find_device
+from surgery.editing.job import prepare
+from surgery.editing.run import run
 from surgery.engines.cpu import CpuEngine
-from surgery.engines.cuda import CudaEngine, find_device
-from surgery.engines.plan import Step
+from surgery.engines.cuda import CudaEngine
 from surgery.engines.results import Result
 from surgery.errors import CheckpointError, OptionError
-from surgery.job import prepare
 from surgery.methods import METHODS, Fapm, Magnitude
+from surgery.methods.actions import Step
 
 SHAPES = {
     "model.embed_tokens.weight": (67, 16),

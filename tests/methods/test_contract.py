@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Tensors, fine_tuned, tiny_llama, write_checkpoint
-from reference.formulas import same_bits
-from runs import MAKE, edit
+from helpers.checkpoints import Tensors, fine_tuned, tiny_llama, write_checkpoint
+from helpers.reference.formulas import same_bits
+from helpers.runs import MAKE, edit
 
-from surgery import kernels
-from surgery.editing import run
-from surgery.job import prepare
+from surgery import native
+from surgery.editing.job import prepare
+from surgery.editing.run import run
 from surgery.methods import METHODS, Method
 
 # Each method as a user would run it, and at both ends of its main number: all of ft, all of pre.
@@ -153,7 +153,7 @@ def test_sharding_and_order_do_not_change_a_tensor(name: str, tmp_path: Path) ->
     assert same(one, edit(tmp_path / "4", backwards[0], backwards[1], usual(name), shards=4))
 
 
-@pytest.mark.skipif(kernels.native is None, reason="surgery._kernels was not compiled")
+@pytest.mark.skipif(native.compiled is None, reason="surgery._kernels was not compiled")
 @every_method
 @pytest.mark.parametrize(
     ("pre_dtype", "ft_dtype"),
@@ -174,7 +174,7 @@ def test_numpy_and_compiled_kernels_write_the_same_bytes(
     base[large] = torch.randn(400, 801, generator=torch.Generator().manual_seed(0)).to(pre_dtype)
     ft[large] = (base[large] + torch.randn(400, 801, generator=torch.Generator().manual_seed(1)) / 64).to(ft_dtype)
     compiled = edit(tmp_path / "c", base, ft, usual(name))
-    monkeypatch.setattr(kernels, "native", None)
+    monkeypatch.setattr(native, "compiled", None)
     assert same(compiled, edit(tmp_path / "numpy", base, ft, usual(name)))
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
-from reference.formulas import Bools, dare, exact, philox, same_bits
-from test_faults import call, refused
-from test_ties import BF16, F16, F32, F64, WEIGHT, merged, models
+from helpers.checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
+from helpers.command import call, refused
+from helpers.reference.formulas import Bools, dare, exact, philox, same_bits
+from helpers.runs import BF16, F16, F32, F64, WEIGHT, merged, models
 
 from surgery.methods import Dare
 from surgery.methods.dare import draw

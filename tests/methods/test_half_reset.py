@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
-from reference.formulas import same_bits
-from runs import edit
+from helpers.checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
+from helpers.reference.formulas import same_bits
+from helpers.runs import edit
 
-from surgery.editing import run
+from surgery.editing.job import prepare
+from surgery.editing.run import run
 from surgery.errors import OptionError
-from surgery.job import prepare
 from surgery.methods.half_reset import HalfReset, choose
 
 LAYERS = 22

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import fine_tuned, tiny_llama
-from reference.formulas import blend, hma_part, same_bits
-from runs import edit
+from helpers.checkpoints import fine_tuned, tiny_llama
+from helpers.reference.formulas import blend, hma_part, same_bits
+from helpers.runs import edit
 
 from surgery.errors import OptionError
 from surgery.methods.hma import Hma

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Tensors, fine_tuned, tiny_llama
-from reference.formulas import same_bits
-from runs import edit
+from helpers.checkpoints import Tensors, fine_tuned, tiny_llama
+from helpers.reference.formulas import same_bits
+from helpers.runs import edit
 
 from surgery.errors import OptionError
 from surgery.methods.fapm import Fapm

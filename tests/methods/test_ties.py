@@ -6,55 +6,22 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import Tensors, fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
-from reference.formulas import exact, prune, same_bits, ties, trimmed
-from test_faults import call, refused
+from helpers.checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
+from helpers.command import call, refused
+from helpers.reference.formulas import exact, prune, same_bits, ties, trimmed
+from helpers.runs import BF16, F16, F32, F64, WEIGHT, merged, models
 
-from surgery.editing import run
+from surgery.editing.job import prepare
+from surgery.editing.run import run
 from surgery.errors import OptionError, PairError
-from surgery.job import prepare
 from surgery.methods import Fapm, Ties
 from surgery.methods.scope import Scope
 
-BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 MERGEKIT = os.environ.get("MERGEKIT_PYTHON")
-
-
-def merged(folder: Path, pre: Tensors, fts: list[Tensors], method: Any, **options: Any) -> Tensors:
-    """Write all sides, merge them, and read the result."""
-    write_checkpoint(folder / "pre", pre)
-    for number, ft in enumerate(fts):
-        write_checkpoint(folder / f"ft{number}", ft, shards=1 + number)
-    run(
-        prepare(folder / "pre", [folder / f"ft{number}" for number in range(len(fts))], method, out=folder / "out"),
-        **options,
-    )
-    return read_checkpoint(folder / "out")
-
-
-def models(dtypes: tuple[torch.dtype, ...], count: int, *, large: bool = False) -> tuple[Tensors, list[Tensors]]:
-    """pre in the first dtype, and fine-tunes in the others in turn, with zeros, ties, and votes that cancel."""
-    base = tiny_llama(F64)
-    if large:  # three chunks, of which the last is odd
-        base = {WEIGHT: 0.05 * torch.randn(1031, 523, dtype=F64, generator=torch.Generator().manual_seed(0))}
-    fts = [fine_tuned(base, seed=seed) for seed in range(1, count + 1)]
-    for tensors in (base, *fts):
-        for tensor in tensors.values():
-            tensor.flatten()[::17], tensor.flatten()[5::19] = 0.0, -0.0
-    for name, tensor in base.items():
-        for number, ft in enumerate(fts):
-            flat = ft[name].flatten()
-            flat[1::7] = tensor.flatten()[1::7]
-            flat[2::13] = tensor.flatten()[2::13].float().double() + (-1) ** number / 32
-    pre = {name: tensor.to(dtypes[0]) for name, tensor in base.items()}
-    kinds = [dtypes[1 + number % (len(dtypes) - 1)] for number in range(count)]
-    return pre, [{name: tensor.to(kind) for name, tensor in ft.items()} for ft, kind in zip(fts, kinds, strict=True)]
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.6])

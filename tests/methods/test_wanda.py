@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import Tensors, fine_tuned, tiny_llama
+from helpers.checkpoints import Tensors, fine_tuned, tiny_llama
+from helpers.reference.formulas import kept, pruned, same_bits, task_vector
+from helpers.runs import edit
 from numpy.typing import NDArray
-from reference.formulas import kept, pruned, same_bits, task_vector
-from runs import edit
 
 from surgery.engines import rows
 from surgery.errors import OptionError

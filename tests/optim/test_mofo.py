@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.reference.mofo import Mofo, filtered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.mofo import Mofo, filtered
 
-from surgery import kernels
+from surgery import native
 from surgery.errors import OptionError
 from surgery.optim import MoFO, mofo
 from surgery.optim.mofo import how_many
@@ -27,7 +27,7 @@ PLACES = ["compiled", "numpy", "device"]
 def go_to(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels, numpy, or what accelerators do, on the CPU."""
     if place == "numpy":
-        monkeypatch.setattr(kernels, "native", None)
+        monkeypatch.setattr(native, "compiled", None)
     elif place == "device":
         monkeypatch.setattr(mofo, "on_cpu", lambda update, each: on_device(update))
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize("processes", [2, 4])
 def test_sharded_steps_are_those_of_a_single_process(processes: int) -> None:
-    worker = Path(__file__).with_name("sharded_worker.py")
+    worker = Path(__file__).parents[1] / "helpers/sharded_worker.py"
     command = [
         sys.executable,
         "-m",

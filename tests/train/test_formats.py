@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import END, IDS, ids, make_model, write
+from helpers.tiny_model import END, IDS, ids, make_model, write
 
+from surgery.data.rows import ALPACA, ALPACA_INPUT, read
 from surgery.errors import CheckpointError, OptionError
-from surgery.rows import ALPACA, ALPACA_INPUT, read
 from surgery.train.data import hold_out, replayed
 from surgery.train.model import load_model, load_tokenizer, open_model
 from surgery.train.run import _quiet

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_model import losses, make_model, questions, report, surgery_train, write
 from safetensors.torch import load_file
-from tiny_model import losses, make_model, questions, report, surgery_train, write
 
 from surgery.__main__ import main
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_model import changed, left, losses, make_model, questions, report, surgery_train, weights, write
 from safetensors.torch import load_file, save_file
-from tiny_model import changed, left, losses, make_model, questions, report, surgery_train, weights, write
 from transformers import AutoTokenizer
 
 from surgery.__main__ import main
 from surgery.checkpoint.checksum import Checksum
-from surgery.plot import render
-from surgery.plot_continual import heat_map
+from surgery.diff.plot import render
+from surgery.train.plot import heat_map
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import save_file
-from tiny_model import (
+from helpers.tiny_model import (
     END,
     changed,
     ids,
@@ -30,12 +29,13 @@ from tiny_model import (
     weights,
     write,
 )
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.__main__ import main
 from surgery.methods.half_reset import choose
+from surgery.optim.lion import Lion
 from surgery.train.anchor import Anchor
-from surgery.train.lion import Lion
 
 OPTIMIZERS = ("adamw", "mofo", "hft", "lion", "sgd")
 
@@ -410,7 +410,7 @@ def test_continual_rounds_are_scored_on_every_task(
     between = changed(out / "round-1", out)
     assert draws[1] == {name for name, count in between.items() if not count}
     # The score of the second task after the first round, from the checkpoint of that round; the rows are all of one length.
-    from surgery.rows import read
+    from surgery.data.rows import read
     from surgery.train.data import hold_out
 
     net = AutoModelForCausalLM.from_pretrained(out / "round-1", dtype=torch.float32)

@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.checkpoint.header import read_header
-from surgery.checkpoint.json_file import read_json
-from surgery.checkpoint.pair import align
+from surgery.checkpoint.dtypes import RAW, Floats, narrow, widen
+from surgery.checkpoint.formats.safetensors import read_header
+from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Handle, Tensor
 from surgery.errors import CheckpointError
-from surgery.kernels import RAW, Floats, narrow, widen
-from surgery.layout import place
+from surgery.layout import align, place
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint.formats import pytorch
-from surgery.checkpoint.json_file import read_json
+from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Handle, Reader, Tensor
 from surgery.errors import CheckpointError
 

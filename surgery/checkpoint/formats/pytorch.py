@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.checkpoint.tensor import BITS, Handle, Span, Tensor, read_into
+from surgery.checkpoint.dtypes import BITS, TORCH
+from surgery.checkpoint.tensor import Handle, Span, Tensor, read_into
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,24 +35,7 @@ MAX_PICKLE = 100_000_000  # as for the header of a safetensors file
 NESTED = ("state_dict", "model", "module")
 # Entries that a strided tensor gathers at once: those of an engine's chunk.
 GATHERED = 1 << 18
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
+DTYPES = {theirs: ours for ours, theirs in TORCH.items()}
 AGAIN = "Download or save it again."
 SAFER = "Take the model as safetensors, from a source that you trust."
 

@@ -1,0 +1,175 @@
+"""What the user sees of a comparison: a line of progress, and tables that read well at 80 columns and without colour."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console
+from rich.table import Table
+
+from surgery.display import new_console, new_table, percent, print_notes, readable
+from surgery.provenance import dumps
+
+if TYPE_CHECKING:
+    from surgery.comparison.folder import Folder
+    from surgery.evaluation.bench import Observe
+
+# A paired test calls a score another one than ft's below this p.
+DIFFERENT = 0.05
+LABEL = 24  # characters of a row's name
+# Columns of the outcome: title, key, whether the highest is best (None: neither is).
+OUTCOME = (
+    ("Kept", "retention", True),
+    ("General", "average", True),
+    ("Forgot", "forgetting", False),
+    ("D", "distance", None),
+    ("To pre", "effective_sparsity", None),
+)
+
+
+@contextmanager
+def scoring_progress(models: int | None) -> Iterator[Observe]:
+    """A bar on standard error: which model is on which measure; nothing at all where that is no terminal.
+
+    Args:
+        models: how many there are, where that is known.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    console = Console(stderr=True)
+    seen: dict[str, None] = {}
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None)
+
+        def observe(label: str, measure: str, done: int, total: int) -> None:
+            seen.setdefault(label)
+            of = f"/{models}" if models else ""
+            text = readable(f"{len(seen)}{of} {label[:LABEL]}: {measure[:LABEL]}").replace("[", r"\[")
+            bar.update(task, description=text, completed=done, total=total or None)
+
+        yield observe
+
+
+def show(document: dict[str, Any], folder: Folder | None, *, as_json: bool) -> None:
+    """Write a comparison to its folder, and print it.
+
+    Raises:
+        OutputError: the folder cannot be written; it was printed all the same, for it took hours.
+    """
+    written: Sequence[str] = ()
+    try:
+        written = folder.write(document) if folder else ()
+    finally:
+        _show(document, written, as_json=as_json)
+
+
+def _show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.buffer.write(dumps(document))
+        sys.stdout.flush()
+        return
+    console = new_console()
+    _print(console, document)
+    for line in written:
+        console.print(line, soft_wrap=True)
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """A comparison as plain text, 80 columns wide."""
+    text = io.StringIO()
+    _print(Console(file=text, width=80, highlight=False, markup=False, emoji=False, color_system=None), document)
+    return text.getvalue()
+
+
+def _print(console: Console, document: dict[str, Any]) -> None:
+    console.print(_outcome(document))
+    console.print("◆ no other keeps more and forgets less.  * best of its column, pre and ft aside.")
+    for table in _scores(document, console.width):
+        console.print(table)
+    console.print(
+        "± half of a 95% interval, bootstrapped over items.  ≈ a paired test cannot tell it from ft's (p > 0.05)."
+    )
+    print_notes(console, document["notes"])
+    console.print(f"{len(document['rows'])} models in {document['seconds']:.0f} s")
+
+
+def _outcome(document: dict[str, Any]) -> Table:
+    rows = document["rows"]
+    table = new_table("Model", "Task", *(title for title, _, _ in OUTCOME))
+    best = {key: _best(rows, key, highest) for _, key, highest in OUTCOME if highest is not None}
+    for row in rows:
+        cells = []
+        for _, key, highest in OUTCOME:
+            text = percent(row[key]) if key == "effective_sparsity" else _number(row[key])
+            marked = highest is not None and row["role"] == "other" and row[key] is not None and row[key] == best[key]
+            cells.append(text + ("*" if marked else ""))
+        mark = "◆ " if row["pareto"] else "  "
+        table.add_row(mark + _label(row), _task(document, row), *cells, style="bold" if row["pareto"] else None)
+    return table
+
+
+def _task(document: dict[str, Any], row: dict[str, Any]) -> str:
+    tasks = [measure["name"] for measure in document["measures"] if measure["role"] == "task"]
+    return _number(row["scores"][tasks[0]]["value"] if len(tasks) == 1 else row["downstream"])
+
+
+def _scores(document: dict[str, Any], width: int) -> Iterator[Table]:
+    """The scores on each measure, in as many tables as the width takes."""
+    rows, measures = document["rows"], document["measures"]
+    labels = max(cell_len(text) for text in ("Model", *map(_label, rows)))
+    cells = {measure["name"]: [_score(row, measure["name"]) for row in rows] for measure in measures}
+    while measures:
+        taken: list[dict[str, Any]] = []
+        room = width - labels - 2
+        for measure in measures:
+            name = readable(measure["name"])
+            words = max(map(cell_len, name.split()), default=0) if " " in name else 0
+            needed = 2 + max(*(len(cell) for cell in cells[measure["name"]]), min(words or 16, cell_len(name)))
+            if taken and needed > room:
+                break
+            taken.append(measure)
+            room -= needed
+        measures = measures[len(taken) :]
+        table = new_table("Model")
+        for measure in taken:
+            table.add_column(readable(measure["name"]), justify="right", overflow="fold")
+        for number, row in enumerate(rows):
+            table.add_row(_label(row), *(cells[measure["name"]][number] for measure in taken))
+        yield table
+
+
+def _score(row: dict[str, Any], name: str) -> str:
+    score = row["scores"][name]
+    if score["value"] is None:
+        return "–"
+    half = None if None in (score["low"], score["high"]) else (score["high"] - score["low"]) / 2
+    same = score["p"] is not None and score["p"] >= DIFFERENT
+    return f"{_number(score['value'])} ±{_number(half)}{'≈' if same else ''}"
+
+
+def _best(rows: Sequence[dict[str, Any]], key: str, highest: bool) -> float | None:
+    values = [row[key] for row in rows if row["role"] == "other" and row[key] is not None]
+    return None if len(values) < 2 else max(values) if highest else min(values)
+
+
+def _label(row: dict[str, Any]) -> str:
+    text = readable(row["label"])
+    return text if cell_len(text) <= LABEL else f"{chop_cells(text, LABEL - 1)[0]}…"
+
+
+def _number(value: float | None) -> str:
+    """Four significant digits or three decimals."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"

@@ -1,0 +1,274 @@
+"""Pictures of `surgery compare` and `surgery sweep` as files: they can be read where they are printed 80 mm wide.
+
+Each draws a chart of `surgery.comparison.charts`, as the HTML page does, in the colours of Okabe and Ito.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgery.comparison.charts import bars, curve_charts, pareto_chart, series
+from surgery.comparison.text import score
+from surgery.diff.plot import drawable, render
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v")
+ENDS = {"pre": "#8a9099", "ft": "#3d434c"}
+INK, MUTED, GRID = "#1b1e23", "#5c636d", "#e2e3e1"
+# Inches: twice 80 mm, so that what has 11 points here has 5.5 on paper.
+WIDTH = 6.3
+TEXT, SMALL = 11, 9.5
+# Bars in a group, characters of a label, and the most points of which each may be named.
+MOST, LONGEST, CROWD = 8, 22, 20
+# Points between a point and its label, and the directions in which it is tried, right first.
+AWAY = (7, 14, 22, 32, 44, 58)
+DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.75, 0.75), (-0.75, 0.75), (0.75, -0.75), (-0.75, -0.75))
+
+Box = tuple[float, float, float, float]
+
+
+def plots(document: dict[str, Any]) -> dict[str, bytes]:
+    """The pictures of a comparison: pareto and skills, and curves of a sweep.
+
+    Args:
+        document: what results.json holds.
+
+    Returns:
+        Name of a file -> its content; each picture as .svg and as .png.
+    """
+    figures = {"pareto": pareto(document), "skills": skills(document)}
+    if curve_charts(document):
+        figures["curves"] = curves(document)
+    return {f"{name}.{kind}": render(figure, kind) for name, figure in figures.items() for kind in ("svg", "png")}
+
+
+def pareto(document: dict[str, Any]) -> Figure:
+    """Retention against forgetting, up and to the right better; a line per method, and steps along the Pareto front."""
+    from matplotlib.figure import Figure
+
+    chart, groups = pareto_chart(document), series(document)
+    figure = Figure((WIDTH, 5.6), layout="constrained")
+    axes = figure.subplots()
+    _frame(axes, chart)
+    if len(chart["front"]) > 1:
+        axes.plot(
+            *zip(*chart["front"], strict=True), color=MUTED, ls=(0, (4, 3)), lw=1, drawstyle="steps-pre", gid="front"
+        )
+    _lines(axes, chart)
+    points = chart["points"]
+    for point in points:
+        _point(axes, point, whiskers=True)
+    if not points:
+        axes.text(0.5, 0.5, "no row has finite numbers", transform=axes.transAxes, ha="center", color=MUTED)
+    _legend(axes, chart, [group.name if len(group.rows) > 1 or len(points) > CROWD else "" for group in groups], -0.1)
+    axes.margins(0.09)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # as `render` does
+        figure.draw_without_rendering()  # fixes where the axes are, so that labels can be placed in points
+    figure.set_layout_engine("none")
+    _name_points(axes, points)
+    return figure
+
+
+def curves(document: dict[str, Any]) -> Figure:
+    """Downstream and general score against sparsity (FAPM paper, Figures 2 and 5); a column per kind of axis.
+
+    Bands are 95% intervals; pre and ft are dotted.
+    """
+    from matplotlib.figure import Figure
+
+    columns, names = curve_charts(document), [group.name for group in series(document)]
+    figure = Figure((max(WIDTH, 4.2 * len(columns)), 6.6), layout="constrained")
+    grid = figure.subplots(2, max(len(columns), 1), squeeze=False, sharex="col", sharey="row")
+    for column, charts in enumerate(columns):
+        for line, chart in enumerate(charts):
+            axes = grid[line][column]
+            _frame(axes, chart)
+            axes.set_title(drawable(chart["title"], 40), fontsize=TEXT, loc="left")
+            _levels(axes, chart)
+            _lines(axes, chart)
+            for point in chart["points"]:
+                _point(axes, point, whiskers=False)
+            if line == 0:
+                axes.set_xlabel("")
+                axes.tick_params(labelbottom=False)
+            else:
+                _legend(axes, chart, names, -0.18)
+            if column:
+                axes.set_ylabel("")
+                axes.set_title("")
+    return figure
+
+
+def skills(document: dict[str, Any]) -> Figure:
+    """A panel of bars per measure, each on its own scale, with 95% intervals; at most 8 rows, the same in each."""
+    from matplotlib.figure import Figure
+
+    groups = bars(document, MOST)
+    columns = min(len(groups), 2)
+    lines = -(-len(groups) // columns)
+    held = len(groups[0]["bars"])
+    figure = Figure((WIDTH, lines * (0.27 * held + 0.75)), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(groups) :]:
+        axes.set_axis_off()
+    for axes, group in zip(grid.flat, groups, strict=False):
+        _bars(axes, group)
+    grid[0][0].set_ylim(held - 0.4, -0.6)
+    return figure
+
+
+def _bars(axes: Axes, group: dict[str, Any]) -> None:
+    limit = group["limit"]
+    for place, bar in enumerate(group["bars"]):
+        if bar["value"] is None:
+            continue
+        axes.barh(place, min(bar["value"], limit), 0.72, color=_colour(bar["series"], bar["role"]))
+        if bar["low"] is not None and bar["high"] is not None:
+            axes.plot([min(bar["low"], limit), min(bar["high"], limit)], [place, place], color=INK, lw=1.1)
+        axes.text(limit * 1.04, place, score(group["kind"], bar["value"]), va="center", fontsize=SMALL, color=INK)
+    axes.set_xlim(0, limit * 1.34)
+    axes.set_xticks([])
+    axes.set_yticks(
+        range(len(group["bars"])), [drawable(bar["label"], LONGEST) for bar in group["bars"]], fontsize=SMALL
+    )
+    axes.tick_params(left=False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(MUTED)
+    better = "higher is better" if group["higher"] else "lower is better"
+    axes.set_title(f"{drawable(group['name'], LONGEST)} ({better})", fontsize=TEXT - 1, loc="left")
+
+
+def _frame(axes: Axes, chart: dict[str, Any]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_xlabel(chart["x"]["label"], fontsize=TEXT)
+    axes.set_ylabel(chart["y"]["label"], fontsize=TEXT)
+    axes.tick_params(labelsize=SMALL, colors=MUTED, length=0)
+    axes.grid(color=GRID, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    for axis, scale in ((axes.xaxis, chart["x"]), (axes.yaxis, chart["y"])):
+        if scale["percent"]:
+            axis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_inverted(scale["flip"])
+
+
+def _lines(axes: Axes, chart: dict[str, Any]) -> None:
+    for line in chart["lines"]:
+        x, y, low, high = zip(*line["points"], strict=True)
+        colour = _colour(line["series"], "other")
+        axes.plot(x, y, color=colour, lw=1.8, zorder=2.2)
+        if None not in (*low, *high):
+            axes.fill_between(x, low, high, color=colour, alpha=0.14, lw=0)
+
+
+def _levels(axes: Axes, chart: dict[str, Any]) -> None:
+    for level in chart["levels"]:
+        axes.axhline(level["y"], color=ENDS[level["name"]], ls=":", lw=1.4)
+        axes.annotate(
+            level["name"],
+            (1, level["y"]),
+            xytext=(3, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
+        )
+
+
+def _point(axes: Axes, point: dict[str, Any], *, whiskers: bool) -> None:
+    (x, left, right), (y, low, high) = point["x"], point["y"]
+    colour = _colour(point["series"], point["role"])
+    if whiskers and None not in (left, right):
+        axes.plot([left, right], [y, y], color=colour, alpha=0.45, lw=1)
+    if whiskers and None not in (low, high):
+        axes.plot([x, x], [low, high], color=colour, alpha=0.45, lw=1)
+    edge = INK if point["pareto"] else "white"
+    marker = MARKERS[0 if point["series"] is None else point["series"] % len(MARKERS)]
+    front = 3.0 if point["role"] == "other" else 3.5
+    axes.plot(x, y, marker, color=colour, ms=7, mec=edge, mew=1, zorder=front, gid=f"row-{point['row']}")
+
+
+def _legend(axes: Axes, chart: dict[str, Any], names: Sequence[str], drop: float) -> None:
+    """The series of the chart that have a name here."""
+    from matplotlib.lines import Line2D
+
+    here = sorted({point["series"] for point in chart["points"] if point["series"] is not None})
+    keys = []
+    for index in filter(names.__getitem__, here):
+        style = {"marker": MARKERS[index % len(MARKERS)], "color": COLOURS[index % len(COLOURS)]}
+        keys.append(Line2D([], [], ls="", label=drawable(names[index], 40), **style))  # type: ignore[arg-type]
+    if keys:
+        axes.legend(
+            handles=keys,
+            loc="upper center",
+            bbox_to_anchor=(0.5, drop),
+            ncols=max(1, min(len(keys), 4, 64 // (4 + max(len(str(key.get_label())) for key in keys)))),
+            fontsize=SMALL,
+            frameon=False,
+            handletextpad=0.2,
+            columnspacing=1.2,
+        )
+
+
+def _colour(group: int | None, role: str) -> str:
+    return ENDS[role] if group is None else COLOURS[group % len(COLOURS)]
+
+
+def _name_points(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
+    """Labels where they cover no point and no other label, with a line to their point where they are far; else none."""
+    dots = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
+    area = axes.get_window_extent()
+    bounds = (area.x0 * dots, area.y0 * dots, area.x1 * dots, area.y1 * dots)
+    at = {point["row"]: axes.transData.transform((point["x"][0], point["y"][0])) * dots for point in points}
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at.values()]
+    crowded = len(points) > CROWD
+    for point in sorted(points, key=lambda point: -point["rank"]):
+        if crowded and not point["rank"]:
+            continue
+        label = drawable(point["label"], LONGEST)
+        wide, tall = 0.6 * SMALL * len(label), 1.15 * SMALL
+        x, y = at[point["row"]]
+        for box, far in _spots(x, y, wide, tall, AWAY[:3] if crowded else AWAY):
+            inside = box[0] >= bounds[0] and box[1] >= bounds[1] and box[2] <= bounds[2] and box[3] <= bounds[3]
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                middle = ((box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y)
+                axes.annotate(
+                    label,
+                    (point["x"][0], point["y"][0]),
+                    xytext=middle,
+                    textcoords="offset points",
+                    ha="center",
+                    va="center",
+                    fontsize=SMALL,
+                    color=INK,
+                    weight="bold" if point["rank"] > 1 else "normal",
+                    arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+                    if far
+                    else None,
+                    zorder=4,
+                    bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.5, "lw": 0},
+                )
+                break
+
+
+def _spots(x: float, y: float, wide: float, tall: float, rings: Sequence[float]) -> Iterator[tuple[Box, bool]]:
+    """Where the label of a point may be, the nearest first; whether it needs a line."""
+    for away in rings:
+        for across, up in DIRECTIONS:
+            left = x + across * away - (0 if across > 0 else wide if across < 0 else wide / 2)
+            below = y + up * away - (0 if up > 0 else tall if up < 0 else tall / 2)
+            yield (left, below, left + wide, below + tall), away > AWAY[0]
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -1,0 +1,116 @@
+"""Texts -> token ids, as each measure wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.data.rows import Row
+from surgery.errors import CheckpointError, OptionError, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Tokenise a text.
+
+    Args:
+        special: with the special tokens that the tokenizer adds of its own accord.
+    """
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def prefix(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+    """The token before the first: the beginning of a text, or else the end of another, as lm-evaluation-harness has it.
+
+    Raises:
+        CheckpointError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise CheckpointError(
+        f"{folder}: the tokenizer has neither bos_token nor eos_token to begin a text with. Name one in tokenizer_config.json."
+    )
+
+
+def parts(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, folder: Path
+) -> tuple[list[int], list[int]]:
+    """A context and its continuation, tokenised together, as lm-evaluation-harness does.
+
+    Blanks at the end of the context go to the continuation, whose tokens include them.
+    """
+    bare = context.rstrip()
+    if not bare:
+        return [prefix(tokenizer, folder)], encode(tokenizer, context + continuation, special=False)
+    whole, first = _open(tokenizer, context + continuation), _open(tokenizer, bare)
+    return whole[: len(first)], whole[len(first) :]
+
+
+def learnt(tokenizer: PreTrainedTokenizerBase, row: Row, folder: Path) -> tuple[list[int], list[int]]:
+    """A row as TRL's SFTTrainer makes it: what is given, and the tokens that are learnt, the end of the text among them.
+
+    Of a row without a prompt all tokens are learnt but the first, which nothing predicts.
+
+    Raises:
+        CheckpointError, OptionError: the tokenizer has no chat template, or it does not take the messages.
+    """
+    end = str(tokenizer.eos_token or "")
+    if "text" in row:
+        whole = encode(tokenizer, _ended(row["text"], end))
+        return whole[:1], whole[1:]
+    first = prompt_ids(tokenizer, row["prompt"], folder)
+    if isinstance(row["prompt"], list):
+        whole = _rendered(tokenizer, row["prompt"] + row["completion"], folder, prompt=False)
+    else:
+        whole = encode(tokenizer, row["prompt"] + _ended(row["completion"], end))
+    same = next(
+        (at for at, (a, b) in enumerate(zip(first, whole, strict=False)) if a != b), min(len(first), len(whole))
+    )
+    split = max(same, 1)
+    return whole[:split], whole[split:]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], folder: Path) -> list[int]:
+    """A prompt, text or chat, up to where the answer begins.
+
+    Raises:
+        CheckpointError, OptionError: the tokenizer has no chat template, or it does not take the messages.
+    """
+    if isinstance(prompt, list):
+        return _rendered(tokenizer, prompt, folder, prompt=True)
+    return _open(tokenizer, prompt)
+
+
+def _open(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that goes on, without the end that some tokenizers put to every text."""
+    tokens = encode(tokenizer, text)
+    ended = len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    return tokens[:-1] if ended else tokens
+
+
+def _ended(text: str, end: str) -> str:
+    return text if text.endswith(end) else text + end
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, prompt: bool) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise CheckpointError(
+            f"{folder}: the data is chat messages, and the tokenizer has no chat template. Add chat_template.jinja, or give "
+            "other data."
+        )
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=prompt
+        )
+    except Exception as error:
+        first = messages[0]["content"][:40]
+        raise OptionError(
+            f'The chat template cannot render the messages that begin with "{first}" ({reason(error)}). Correct or remove the '
+            "record."
+        ) from error
+    return list(found["input_ids"])

@@ -1,0 +1,59 @@
+"""An edit that is carried out while its result is read: the checkpoint that `run` would write, with no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from surgery.checkpoint.source import Checkpoint
+from surgery.checkpoint.tensor import Computed, Sink, Tensor
+from surgery.editing import report
+from surgery.editing.job import Job
+from surgery.editing.run import Engine, engines
+from surgery.engines.results import Result
+from surgery.methods.actions import Step
+
+
+@dataclass
+class Edited:
+    """A checkpoint that is computed, tensor by tensor, each time it is read, by one thread at a time.
+
+    Args:
+        job: the planned edit.
+        device, allow_nonfinite: as for `surgery.editing.run.run`.
+
+    Attributes:
+        checkpoint: its tensors have ft's names, types and shapes.
+        results: what the edit did to each tensor that was read, by its name.
+    """
+
+    job: Job
+    device: str = "auto"
+    allow_nonfinite: bool = False
+    checkpoint: Checkpoint = field(init=False)
+    results: dict[str, Result] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        engine = engines(self.device, self.allow_nonfinite)(lambda _: None)
+        tensors = {
+            step.ft.name: Tensor(
+                step.ft.name,
+                step.ft.dtype,
+                step.ft.shape,
+                Computed(step.ft.path, step.ft.nbytes, partial(self._make, engine, step)),
+            )
+            for step in self.job.steps
+        }
+        ft = self.job.pair.ft
+        self.checkpoint = Checkpoint(ft.source, ft.format, tensors, ft.files, self.job.container)
+
+    def _make(self, engine: Engine, step: Step, sink: Sink) -> None:
+        self.results[step.ft.name] = engine.run(step, sink)
+
+    @property
+    def totals(self) -> report.Summary:
+        """What the report of the written checkpoint says of all tensors; those that were not read yet are read."""
+        for step in self.job.steps:
+            if step.ft.name not in self.results:
+                self.checkpoint.tensors[step.ft.name].open().close()
+        return report.summarize([report.describe(step, self.results[step.ft.name]) for step in self.job.steps])

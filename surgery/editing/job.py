@@ -1,0 +1,275 @@
+"""Everything about a run that headers can tell: opened, paired, planned and checked, before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery import native, provenance
+from surgery.checkpoint.companions import companions
+from surgery.checkpoint.container import MAX_SHARD_SIZE, Container, split
+from surgery.checkpoint.output import check_output
+from surgery.checkpoint.pair import Pair, likes, pair
+from surgery.checkpoint.readable import read_json
+from surgery.checkpoint.source import BORROWING, Checkpoint, open_both
+from surgery.errors import CheckpointError, OptionError
+from surgery.methods import MERGES, Method, parameters
+from surgery.methods.actions import Merge, Prune, PruneRows, Step
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about a run that headers can tell, checked.
+
+    Attributes:
+        steps: one for each tensor of ft, in the order of ft's files.
+        container: how the output's files are cut.
+        out: the output folder.
+        replace: a checkpoint that is there may be replaced.
+        copies: ft's files that travel with its weights: name in the output -> path.
+        changed: those of them whose content must change: name -> content.
+        others: further fine-tuned models, for a merge.
+        nbytes: the size of the output's weights.
+        reading: bytes that will be read, for the progress bar.
+    """
+
+    pair: Pair
+    method: Method
+    steps: list[Step]
+    container: Container
+    out: Path
+    replace: bool
+    copies: dict[str, Path]
+    changed: dict[str, bytes]
+    others: tuple[Checkpoint, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(step.ft.nbytes for step in self.steps)
+
+    @property
+    def reading(self) -> int:
+        return sum(reading(step) for step in self.steps)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What must not be written to."""
+        return [path for checkpoint in (self.pair.pre, self.pair.ft, *self.others) for path in _inputs(checkpoint)]
+
+
+def prepare(
+    pre: str | Path,
+    ft: str | Path | Sequence[str | Path],
+    method: Method,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    strict: bool = False,
+    max_shard_size: str | None = None,
+    label: str | None = None,
+) -> Job:
+    """Open a pair, plan the edit and check the output, reading headers only.
+
+    Args:
+        pre, ft, method, strict, max_shard_size: as for `plan`.
+        out: the output folder; by default a sibling of ft named after the method.
+        label: what the default output is named after in place of the method and its number.
+        force: an existing checkpoint at `out` may be replaced.
+
+    Raises:
+        SurgeryError: anything that can be refused before working.
+    """
+    job = plan(pre, ft, method, strict=strict, max_shard_size=max_shard_size)
+    default = _default_out(job.pair.ft, label) if label else job.out
+    return replace(job, out=check_output(out or default, job.inputs, force=force), replace=force)
+
+
+def plan(
+    pre: str | Path,
+    ft: str | Path | Sequence[str | Path],
+    method: Method,
+    *,
+    strict: bool = False,
+    max_shard_size: str | None = None,
+) -> Job:
+    """Open a pair and plan the edit, reading headers only. The output is the default one, and not checked.
+
+    Args:
+        pre, ft: folders, files, or hub ids with an optional `@revision`. A merge takes several fts, the first of which gives the
+            container and every tensor that is not merged.
+        method: with its parameters.
+        strict: refuse a pair whose tensors or vocabularies do not match one to one.
+        max_shard_size: cut the output anew into files of at most this size, such as "5GB"; by default as ft is cut, or at 5 GB
+            where ft is in another format than safetensors.
+
+    Raises:
+        SurgeryError: anything that can be refused before working.
+    """
+    names = [ft] if isinstance(ft, (str, Path)) else ft
+    if len(names) > 1 and not isinstance(method, MERGES):
+        raise OptionError(f"{method.name} takes one --ft, not {len(names)}: ties and dare merge several.")
+    base, (tuned, *others) = open_both(str(pre), *map(str, names))
+    both = pair(base, tuned, strict=strict)
+    return plan_pair(both, method, others, strict=strict, max_shard_size=max_shard_size)
+
+
+def plan_pair(
+    both: Pair,
+    method: Method,
+    others: Sequence[Checkpoint] = (),
+    *,
+    strict: bool = False,
+    max_shard_size: str | None = None,
+) -> Job:
+    """Plan the edit of a pair that is open; see `plan`.
+
+    Args:
+        others: further fine-tuned models, for a merge.
+    """
+    base, tuned = both.pre, both.ft
+    actions = method.plan(both.items)
+    container = tuned.container
+    if container is None or max_shard_size is not None:
+        container = split(tuned.tensors, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size)
+    copies = _copies(base, tuned)
+    changed = _resized(copies, both)
+    steps = [Step(item.ft, item.pre, item.place, action) for item, action in zip(both.items, actions, strict=True)]
+    merged = {step.ft.name for step in steps if isinstance(step.action, Merge)}
+    further = [likes(both, pair(base, other, strict=strict), merged) for other in others]
+    steps = [
+        replace(step, others=tuple(found[step.ft.name] for found, _ in further)) if step.ft.name in merged else step
+        for step in steps
+    ]
+    both.notes.extend(note for _, notes in further for note in notes)
+    return Job(
+        both, method, steps, container, _default_out(tuned, method.label()), False, copies, changed, tuple(others)
+    )
+
+
+def replan(job: Job, method: Method) -> Job:
+    """The same job with other parameters of its method, on the tensors that were paired.
+
+    Raises:
+        OptionError: the parameters do not fit this model.
+    """
+    actions = method.plan(job.pair.items)
+    steps = [replace(step, action=action) for step, action in zip(job.steps, actions, strict=True)]
+    return replace(job, method=method, steps=steps)
+
+
+def beside(both: Pair) -> dict[str, Path | bytes]:
+    """What lies beside ft's weights for a loader, with pre's where ft's format has none of its own: name -> file or content.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged.
+    """
+    copies = _copies(both.pre, both.ft)
+    return {**copies, **_resized(copies, both)}
+
+
+def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
+    """What a loader needs beside the weights: ft's own, and pre's where ft's format has none."""
+    found = companions(ft.folder, only_known=ft.source.file is not None)
+    if ft.format in BORROWING:
+        found = companions(pre.folder, only_known=pre.source.file is not None) | found
+    if CONFIG not in found:
+        raise CheckpointError(f"{ft.folder}: config.json is missing, so nothing could load the result. Copy it there.")
+    return found
+
+
+def _resized(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
+    """pre's configuration with the size of ft's vocabulary, where it is pre's that goes with ft's weights."""
+    config = read_json(copies[CONFIG])
+    if both.ft.format not in BORROWING:
+        return {}
+    sizes = {
+        both.pre.tensors[item.pre.name].shape[0]: item.ft.shape[0]
+        for item in both.items
+        if item.pre is not None and item.place.category == "embedding" and item.ft.shape
+    }
+
+    def renew(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: sizes.get(inner, inner) if key == "vocab_size" and isinstance(inner, int) else renew(inner)
+            for key, inner in value.items()
+        }
+
+    renewed = renew(config)
+    return {} if renewed == config else {CONFIG: (json.dumps(renewed, indent=2) + "\n").encode()}
+
+
+def _inputs(checkpoint: Checkpoint) -> list[Path]:
+    """A checkpoint's folder and files, and what links in it lead to: the hub's cache, or elsewhere."""
+    if checkpoint.source.file:
+        return list(checkpoint.files.values())
+    return [checkpoint.folder, *sorted(checkpoint.folder.iterdir()), *checkpoint.files.values()]
+
+
+def reading(step: Step) -> int:
+    """The bytes that a step reads, with every pass that it takes."""
+    base = step.pre.nbytes if step.pre else 0
+    if isinstance(step.action, Prune):  # for the mean, for the threshold, for the output
+        return (2 * step.ft.nbytes + 2 * base) + (base if step.action.uses_mean else 0)
+    if isinstance(step.action, PruneRows) and (step.action.transposed or step.action.whole):
+        return 2 * (step.ft.nbytes + base)
+    if isinstance(step.action, Merge):
+        once = step.ft.nbytes + base + sum(other.nbytes for other in step.others)
+        return once + (once + len(step.others) * base if isinstance(step.action.keeps, Prune) else 0)
+    return step.ft.nbytes + base
+
+
+def _default_out(ft: Checkpoint, label: str) -> Path:
+    if ft.source.repo:
+        return Path(f"{ft.source.repo.split('/')[-1]}-{label}")
+    path = Path(os.path.realpath(ft.folder / (ft.source.file or "")))
+    return path.with_name(f"{path.stem if ft.source.file else path.name}-{label}")
+
+
+def identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[str]) -> dict[str, Any]:
+    """What must not change between a run and its resumption."""
+    return {
+        "version": provenance.versions()["surgery"],
+        **stamps(job),
+        "method": job.method.name,
+        "options": {**parameters(job.method), "allow_nonfinite": allow_nonfinite, "device": device},
+        "kernels": "C" if native.compiled else "numpy",
+        "command": [word for word in command if word != "--resume"],
+    }
+
+
+def stamps(job: Job) -> dict[str, dict[str, list[Any]]]:
+    """Of each input ("pre", "ft", "ft 2", …), what is enough to notice other files without reading them."""
+    checkpoints = {"pre": job.pair.pre, "ft": job.pair.ft}
+    checkpoints |= {f"ft {number}": other for number, other in enumerate(job.others, start=2)}
+    return {side: _stamp(checkpoint) for side, checkpoint in checkpoints.items()}
+
+
+def check_unchanged(job: Job, before: Mapping[str, Any]) -> None:
+    """Compare the inputs with the stamps that were taken before the work.
+
+    Raises:
+        CheckpointError: a file changed since.
+    """
+    checkpoints = (job.pair.pre, job.pair.ft, *job.others)
+    for checkpoint, (side, stamp) in zip(checkpoints, stamps(job).items(), strict=True):
+        if stamp != before[side]:
+            raise CheckpointError(f"{checkpoint.folder}: its files changed while surgery read them. Run it again.")
+
+
+def _stamp(checkpoint: Checkpoint) -> dict[str, list[Any]]:
+    """Size and time of each file, and a digest of what it holds."""
+    found: dict[str, list[Any]] = {}
+    for name, path in checkpoint.files.items():
+        status = path.stat()
+        found[name] = [status.st_size, status.st_mtime_ns]
+    layout = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.start) for tensor in checkpoint.tensors.values())
+    return found | {"tensors": [hashlib.sha256(repr(layout).encode()).hexdigest()]}

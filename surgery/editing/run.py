@@ -1,0 +1,148 @@
+"""Carry out a job: stream each tensor from its inputs to the output, and report what was done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from surgery import native, provenance
+from surgery.checkpoint.container import Container
+from surgery.checkpoint.draft import Draft
+from surgery.checkpoint.durable import explain
+from surgery.checkpoint.formats import SETS
+from surgery.checkpoint.output import REPORT
+from surgery.checkpoint.tensor import Sink
+from surgery.editing import report
+from surgery.editing.job import Job, check_unchanged, identity, reading
+from surgery.engines.cpu import CpuEngine
+from surgery.engines.results import Result
+from surgery.engines.stream import Tick, stream
+from surgery.engines.stream import workers as count_workers
+from surgery.methods import parameters
+from surgery.methods.actions import Step
+
+
+class Engine(Protocol):
+    """One worker: it edits a tensor and hands the bytes to a sink."""
+
+    def run(self, step: Step, sink: Sink) -> Result:
+        """Carry out a step."""
+
+
+def check_machine(device: str, workers: int | None) -> None:
+    """Raise OptionError unless this machine can run on the device with so many workers."""
+    count_workers(workers)
+    if device not in ("auto", "cpu"):
+        from surgery.device import find_device
+
+        find_device(device)
+
+
+def run(
+    job: Job,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
+    command: Sequence[str] = (),
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Carry a job out and return its report, which is also in the output.
+
+    Args:
+        device: "auto" or "cpu" for this machine's processor, which keeps up with its disk; "cuda" or "cuda:N" for a GPU.
+        workers: threads; by default one for each core, at most 8.
+        resume: continue a killed run with the same inputs, method and options.
+        allow_nonfinite: let NaN and Inf of edited tensors pass.
+        command: the command line, for the report.
+        advance: called now and then, from this thread, with the number of bytes read since.
+
+    Raises:
+        SurgeryError: the output or its disk, or numbers that cannot be edited; nothing is left behind.
+        KeyboardInterrupt: Ctrl-C; nothing is left behind.
+    """
+    check_machine(device, workers)
+    make_engine = engines(device, allow_nonfinite)
+    about = identity(job, allow_nonfinite, device, command)
+    tensors = job.pair.ft.tensors
+    shards = {
+        file: ([tensors[name] for name in shard.names], shard.metadata) for file, shard in job.container.shards.items()
+    }
+    extra = sum(path.stat().st_size for path in job.copies.values())
+    with Draft(job.out, shards, about, resume=resume, replace=job.replace, extra=extra) as draft:
+        todo = [step for step in job.steps if step.ft.name not in draft.done]
+
+        def work(tick: Tick) -> Callable[[Step], None]:
+            engine = make_engine(tick)
+
+            def do(step: Step) -> None:
+                sink = draft.sink(step.ft.name)
+                result = engine.run(step, sink)
+                result.checksum = sink.checksum.text()
+                draft.finish(step.ft.name, asdict(result))
+
+            return do
+
+        advance(job.reading - sum(map(reading, todo)))
+        try:
+            stream(sorted(todo, key=lambda step: -step.ft.nbytes), work, count_workers(workers), advance)
+        except OSError as error:
+            raise explain(error, job.out) from error
+        check_unchanged(job, about)
+        # A resumed run reports the command that began it.
+        document = report_of(job, draft.done, draft.identity["command"])
+        draft.commit(documents(document, job.container) | job.changed, job.copies)
+    return document
+
+
+def documents(document: dict[str, Any], container: Container) -> dict[str, bytes]:
+    """The files that surgery itself writes beside the weights: report, model card, and the index where there is one."""
+    files = {
+        REPORT: provenance.dumps(document),
+        "README.md": report.model_card(document, document["output"]).encode(errors="backslashreplace"),
+    }
+    if container.index is not None:
+        weight_map = {name: file for file, shard in container.shards.items() for name in shard.names}
+        index = {"metadata": container.index, "weight_map": weight_map}
+        files[SETS[0][2]] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    return files
+
+
+def engines(device: str, allow_nonfinite: bool) -> Callable[[Tick], Engine]:
+    """What makes a worker's engine on a device."""
+    if device in ("auto", "cpu"):
+        return lambda tick: CpuEngine(tick, allow_nonfinite=allow_nonfinite)
+    from surgery.device import find_device
+    from surgery.engines.cuda import CudaEngine
+
+    found = find_device(device)
+    return lambda tick: CudaEngine(tick, found, allow_nonfinite=allow_nonfinite)
+
+
+def report_of(job: Job, results: dict[str, dict[str, Any]], command: Sequence[str]) -> dict[str, Any]:
+    """The report of a job, from the `Result` of every tensor, as a dict."""
+    lines = [report.describe(step, Result(**results[step.ft.name])) for step in job.steps]
+    notes = list(job.pair.notes)
+    passed = [line["name"] for line in lines if line.get("nonfinite")]
+    if passed:
+        notes.append(
+            f"NaN or Inf, as in the inputs: {', '.join(passed[:3])}{' and others' if len(passed) > 3 else ''}."
+        )
+    return {
+        "method": job.method.name,
+        "parameters": json.loads(json.dumps(parameters(job.method))),
+        "command": list(command),
+        "pre": provenance.origin(job.pair.pre),
+        "ft": provenance.origin(job.pair.ft),
+        **({"others": [provenance.origin(other) for other in job.others]} if job.others else {}),
+        "output": job.out.name,
+        "versions": provenance.versions(),
+        "kernels": "C" if native.compiled else "numpy",
+        "notes": notes,
+        "totals": report.as_json(report.summarize(lines)),
+        "categories": {name: report.as_json(group) for name, group in report.by_category(lines).items()},
+        "tensors": lines,
+    }

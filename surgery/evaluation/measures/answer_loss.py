@@ -1,0 +1,51 @@
+"""The loss of a model on answers that it is given: mean negative log-likelihood per token, in nats.
+
+Rows become tokens as in training (`surgery train`, TRL's SFTTrainer), the end of the text among them, so that the number is that
+of a held-out loss there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgery.data.encode import learnt
+from surgery.data.rows import Row
+from surgery.errors import OptionError
+from surgery.evaluation.scores import Advance, Kind, Scores, digest
+
+if TYPE_CHECKING:
+    from surgery.model.language_model import LanguageModel
+
+
+@dataclass(eq=False)
+class AnswerLoss:
+    """The measure.
+
+    Attributes:
+        rows: of `surgery.data.rows.read`: prompt and completion, or text.
+    """
+
+    name: str
+    rows: list[Row] = field(repr=False)
+    kind: Kind = field(default="loss", init=False)
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.settings = {"measure": "answer loss", "items": digest(self.rows)}
+
+    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+        """Measure a model; a row is an item, and weighs as many tokens as its answer has."""
+        from surgery.model.likelihood import fit, loglikelihoods
+
+        pairs = [learnt(model.tokenizer, row, model.folder) for row in self.rows]
+        for number, (_, answer) in enumerate(pairs, 1):
+            if not answer:
+                raise OptionError(f"{self.name}: row {number} has no token to predict. Remove it.")
+        pairs, cut = fit(model, pairs)
+        found = loglikelihoods(model, pairs, advance)
+        weights = np.array([len(answer) for _, answer in pairs], np.float64)
+        values = -np.array([sum_ for sum_, _ in found]) / weights
+        return Scores(self.kind, values, weights, self.rows, {"contexts_cut": cut} if cut else {})

@@ -1,0 +1,65 @@
+"""Answers that a model writes itself, compared with references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgery.data.encode import Message, prefix, prompt_ids
+from surgery.evaluation.measures.matching import METRICS
+from surgery.evaluation.scores import Advance, Kind, Scores, digest
+
+if TYPE_CHECKING:
+    from surgery.model.language_model import LanguageModel
+
+# What a model writes that goes on with questions of its own.
+NEXT_QUESTION = "\nQuestion:"
+
+
+@dataclass(eq=False)
+class Generated:
+    """The measure.
+
+    Attributes:
+        questions: prompt (text or chat) and reference of each.
+        metric: of `surgery.evaluation.measures.matching.METRICS`.
+        max_new_tokens: of an answer.
+        stop: an answer ends before this text.
+    """
+
+    name: str
+    questions: list[tuple[str | list[Message], str]] = field(repr=False)
+    metric: str
+    max_new_tokens: int = 256
+    stop: str | None = None
+    kind: Kind = field(default="share", init=False)
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.settings = {
+            "measure": "generated answers",
+            "items": digest(self.questions),
+            "metric": self.metric,
+            "max_new_tokens": self.max_new_tokens,
+            "stop": self.stop,
+        }
+
+    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+        """Measure a model; a question is an item."""
+        from surgery.model.generation import generate
+
+        prompts = [
+            prompt_ids(model.tokenizer, prompt, model.folder) or [prefix(model.tokenizer, model.folder)]
+            for prompt, _ in self.questions
+        ]
+        answers, cut = generate(model, prompts, self.max_new_tokens, self.stop, advance)
+        items: list[dict[str, Any]] = []
+        values = []
+        for (prompt, reference), answer in zip(self.questions, answers, strict=True):
+            items.append({"prompt": prompt, "reference": reference, "generated": answer})
+            values.append(METRICS[self.metric](answer, reference))
+        return Scores(
+            self.kind, np.array(values, np.float64), np.ones(len(items)), items, {"contexts_cut": cut} if cut else {}
+        )

@@ -1,0 +1,92 @@
+"""Perplexity on running text: exp of the mean loss per token, over windows that follow each other.
+
+A window's first token is given; each of the others is predicted from those before it in the window. Where the text begins anew
+is the tokenizer's end-of-text token, as in calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgery.data.encode import encode
+from surgery.errors import OptionError
+from surgery.evaluation.scores import Advance, Kind, Scores, digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from surgery.model.language_model import LanguageModel
+
+CHARACTERS = 16  # of text for each token that is wanted, at first
+MARGIN = 64  # tokens at the end of a text that was cut: not those of the whole text
+
+
+@dataclass(eq=False)
+class Perplexity:
+    """The measure.
+
+    Attributes:
+        documents: the text.
+        seq_len: tokens in a window; at most what the model takes. The last window may be shorter.
+        windows: only the first ones; None for all.
+    """
+
+    name: str
+    documents: list[str] = field(repr=False)
+    seq_len: int = 512
+    windows: int | None = None
+    kind: Kind = field(default="perplexity", init=False)
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.settings = {
+            "measure": "perplexity",
+            "items": digest(self.documents),
+            "seq_len": self.seq_len,
+            "windows": self.windows,
+        }
+
+    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+        """Measure a model; a window is an item, and weighs as many tokens as are predicted in it."""
+        from surgery.model.likelihood import loglikelihoods
+
+        length = min(self.seq_len, model.length or self.seq_len)
+        wanted = None if self.windows is None else self.windows * length
+        tokens = _tokens(model.tokenizer, self.documents, wanted)
+        cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+        cut = [window for window in cut if len(window) > 1]
+        if not cut:
+            raise OptionError(f"{self.name}: holds no two tokens of text. Give more.")
+        found = loglikelihoods(model, [(window[:1], window[1:]) for window in cut], advance)
+        weights = np.array([len(window) - 1 for window in cut], np.float64)
+        values = -np.array([sum_ for sum_, _ in found]) / weights
+        items = [{"first_token": number * length} for number in range(len(cut))]
+        return Scores(self.kind, values, weights, items, {"seq_len": length} if length < self.seq_len else {})
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, documents: list[str], wanted: int | None) -> list[int]:
+    """The first tokens of the documents, joined."""
+    stream: list[int] = []
+    end = tokenizer.eos_token_id
+    for text in documents:
+        # A tokenizer may put the end of the text there itself.
+        if stream and isinstance(end, int) and stream[-1] != end:
+            stream.append(end)
+        stream += _begin(tokenizer, text, None if wanted is None else wanted - len(stream))
+        if wanted is not None and len(stream) >= wanted:
+            return stream[:wanted]
+    return stream
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
+    """The tokens of a text, at least as many as are wanted where it has them; of a long one, only its beginning is looked at."""
+    size = len(text) if wanted is None else CHARACTERS * (wanted + MARGIN)
+    while size < len(text):
+        tokens = encode(tokenizer, text[:size])
+        if len(tokens) >= (wanted or 0) + MARGIN:
+            return tokens
+        size *= 2
+    return encode(tokenizer, text)

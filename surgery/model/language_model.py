@@ -1,0 +1,116 @@
+"""A language model that is scored: built once, filled with the weights of one checkpoint after another.
+
+The weights come from a `Checkpoint`, whatever it lies in: a folder of any format, an adapter on its base, or an edit that is
+carried out while it is read. Code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.checkpoint.checksum import weights_fingerprint
+from surgery.checkpoint.source import Checkpoint
+from surgery.errors import CheckpointError, OptionError, SurgeryError, out_of_memory, reason
+from surgery.model.pretrained import load_tokenizer, max_positions
+from surgery.model.skeleton import fill_tables, skeleton
+from surgery.model.weights import Weights, main_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LanguageModel:
+    """A model and its tokenizer.
+
+    Attributes:
+        model: in eval mode; ask it under `torch.inference_mode()`.
+        tokenizer: the checkpoint's.
+        length: tokens that the model takes at most; None where nothing limits them.
+        batch: sequences in one forward pass.
+        device: where the model is.
+        fingerprint: of the weights that it holds.
+
+    Args:
+        folder: where config.json and the tokenizer lie.
+        checkpoint: the first weights.
+        device: to run on.
+        dtype: to compute in: "auto" is float32 on a CPU, whose bfloat16 is slow, and the checkpoint's own on a GPU.
+        batch: sequences in one forward pass.
+
+    Raises:
+        CheckpointError: the model cannot be built from these files, or writes no text.
+        OptionError: it does not take text, or an option is wrong.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, *, device: torch.device = CPU, dtype: str = "auto", batch: int = 8
+    ) -> None:
+        if dtype != "auto" and dtype not in DTYPES:
+            raise OptionError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype}.")
+        if batch < 1:
+            raise OptionError(f"--batch-size must be 1 or more, not {batch}.")
+        self.folder, self.batch, self.device = folder, batch, device
+        self.dtype = DTYPES.get(dtype) or (
+            torch.float32 if self.device.type == "cpu" else main_dtype(checkpoint.tensors.values())
+        )
+        self.model: PreTrainedModel = skeleton(folder, self.dtype)
+        if not self.model.can_generate() or self.model.config.is_encoder_decoder:
+            raise CheckpointError(
+                f"{folder}: {type(self.model).__name__} is no causal language model, so it cannot be scored. Give another one."
+            )
+        for part in (self.model.config, self.model.config.get_text_config(decoder=True)):
+            part.use_cache = True
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+        self.length = max_positions(self.model.config)
+        self._weights: Weights | None = None
+        self.load(checkpoint)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of a checkpoint with the same configuration; those before are let go of first.
+
+        Raises:
+            CheckpointError: it lacks a parameter, or one has another shape.
+        """
+        before, checksums = self._weights, dict[str, str]()
+        self.fingerprint = ""  # of no weights, should the loading fail
+        if before is not None:
+            before.free(before.absent)
+        self._weights = Weights(self.model, checkpoint, self.dtype, self.device, checksums)
+        stored = set(self._weights.absent)
+        if before is None:
+            fill_tables(self.model, stored, self.device, self.folder)
+        elif lacking := sorted(before.absent.keys() - stored):
+            raise CheckpointError(
+                f"{checkpoint.folder}: lacks {lacking[0]}, which the checkpoint before it has. Score it in a run of its own."
+            )
+        self._weights.load(stored)
+        self.fingerprint = weights_fingerprint(checkpoint, checksums)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model may be asked; what it cannot do becomes an error of ours.
+
+        Raises:
+            OptionError: memory runs out.
+            CheckpointError: transformers cannot run the model.
+        """
+        try:
+            with torch.inference_mode():
+                yield
+        except SurgeryError:
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise OptionError("Scoring does not fit into memory. Give a smaller --batch-size.") from error
+            raise CheckpointError(
+                f"{self.folder}: transformers cannot run {type(self.model).__name__} on this text ({reason(error)}). Check that "
+                "the tokenizer and config.json belong to the weights."
+            ) from error

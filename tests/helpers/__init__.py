@@ -1,0 +1,1 @@
+"""What tests share: inputs, runs of the command, and slow, literal versions of the papers."""
