@@ -341,11 +341,11 @@ def test_an_input_of_links_into_the_output_is_refused(root: Path) -> None:
 
 DROPPED = f"""
 import contextlib, io, os, sys
-import surgery.editing.run, surgery.display, surgery.editing.report, rich.progress
+import surgery.editing.run, surgery.editing.display, surgery.provenance, rich.progress
 from surgery.__main__ import main
 with contextlib.redirect_stderr(io.StringIO()):  # imports the rest, which may lie where only root can look
     assert main(["hma", "--pre", "./nowhere", "--ft", "./nowhere"]) == 1
-    surgery.editing.report.versions()
+    surgery.provenance.versions()
 if os.geteuid() == 0:
     os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
 sys.exit(main())
