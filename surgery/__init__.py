@@ -5,7 +5,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from surgery.provenance import VERSION as __version__
+
 __all__ = ["__version__", "compare", "edit", "evaluate", "open_pair"]
 
 if TYPE_CHECKING:

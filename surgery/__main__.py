@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.errors import SurgeryError
+from surgery.text import readable
 
 INTERRUPTED = 130
+# As a shell says of a program that SIGPIPE ended: 128 + 13.
+UNREAD = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `surgery` with the given arguments, by default the process's.
 
     Returns:
-        The exit code: 0; 1 after an error, which is one sentence on standard error; 130 after Ctrl-C.
+        The exit code: 0; 1 after an error, which is one sentence on standard error; 130 after Ctrl-C; 141 where the reader of
+        the output went away, as `head` does.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell: the next file that is opened would take its number
@@ -26,14 +30,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        pass
+    except SystemExit as error:
+        # Click and rich leave so when the reader of their output went away.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+    # The interpreter flushes both once more when it ends; it would complain of the closed pipe.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and not stream.isatty():
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    return UNREAD
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
         from surgery.commands import app
 
         code = app(args=arguments, prog_name="surgery", standalone_mode=False)
     except SurgeryError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # the reader of our output went away
-        sys.stderr.close()
-        return 1
+    except BrokenPipeError:
+        raise
     except MemoryError:
         return _fail("Not enough memory for the largest tensor. Try --workers 1.")
     except OSError as error:
@@ -55,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str) -> int:
-    # A file's or a tensor's name may hold anything, commands to the terminal included.
-    line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in sentence)
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {readable(sentence)}", file=sys.stderr)
     return 1
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from surgery import __version__
 from surgery.commands import compare, delta, demo, diff, edit, sweep, train, wanda
+from surgery.provenance import VERSION
 
 app = typer.Typer(
     name="surgery",
@@ -20,7 +20,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"surgery {__version__}")
+        typer.echo(f"surgery {VERSION}")
         raise typer.Exit
 
 

@@ -21,11 +21,10 @@ def _demo(
 
     Offline, in about three minutes. Needs transformers: pip install 'model-surgery\\[demo]'.
     """
-    from rich.console import Console
-
     from surgery.demo.run import demo
+    from surgery.display import new_console
 
-    demo(out, Console(highlight=False), _edit, seed)
+    demo(out, new_console(), _edit, seed)
 
 
 def _edit(pre: Path, ft: Path, out: Path, method: str, **options: Any) -> dict[str, Any]:

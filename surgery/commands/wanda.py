@@ -64,6 +64,7 @@ def _complete(job: "Job", device: str, dry_run: bool, **own: Any) -> "Job":
     """Measure the norms and plan again; a dry run only says how much memory that would take."""
     from surgery import display
     from surgery.calibrate.run import Calibration, activations, calibrated
+    from surgery.text import size
 
     calibration = Calibration(
         own["calibration"],
@@ -77,7 +78,7 @@ def _complete(job: "Job", device: str, dry_run: bool, **own: Any) -> "Job":
     )
     if dry_run:
         nbytes = activations(job, calibration)
-        job.pair.notes.append(f"Calibration keeps at most {display.size(nbytes)} of activations beside one layer.")
+        job.pair.notes.append(f"Calibration keeps at most {size(nbytes)} of activations beside one layer.")
         return job
     with display.calibrating() as advance:
         return calibrated(job, calibration, device=device, advance=advance)

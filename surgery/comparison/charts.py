@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from surgery.comparison.text import finite, interval, number, score, share
-from surgery.display import readable
+from surgery.comparison.text import interval, score
+from surgery.text import finite, number, readable, share
 
 Document = dict[str, Any]
 Row = dict[str, Any]

@@ -12,8 +12,6 @@ or keeps as much and forgets less.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -29,6 +27,7 @@ from surgery.evaluation.bench import Observe, Scored
 from surgery.evaluation.scores import Floats, Measure, against, limits
 from surgery.evaluation.scoring import Scoring
 from surgery.evaluation.subject import Subject
+from surgery.text import csv_lines
 
 STOPPED = "It was stopped: only the models that were done by then are here."
 COLUMNS = (
@@ -201,28 +200,27 @@ def document(
 
 def as_csv(found: dict[str, Any]) -> bytes:
     """One line for each model, in UTF-8; an unknown number is an empty field."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     names = [measure["name"] for measure in found["measures"]]
     parts = ("value", "low", "high", "p")
-    writer.writerow([*COLUMNS, *(f"{name}: {part}" for name in names for part in parts)])
-    for row in found["rows"]:
-        scores = [row["scores"][name][part] for name in names for part in parts]
-        writer.writerow([*(row[name] for name in COLUMNS), *scores])
-    return text.getvalue().encode(errors="backslashreplace")
+    head = [*COLUMNS, *(f"{name}: {part}" for name in names for part in parts)]
+    lines = (
+        [*(row[name] for name in COLUMNS), *(row["scores"][name][part] for name in names for part in parts)]
+        for row in found["rows"]
+    )
+    return csv_lines([head, *lines])
 
 
 def items_as_csv(found: dict[str, Any]) -> bytes:
     """One line for each model and item, in UTF-8."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["measure", "item", "label", "value", "weight"])
-    for name, held in found["items"].items():
-        for label, values in held["values"].items():
-            weights = held["other_weights"].get(label, held["weights"])
-            for number, (value, weight) in enumerate(zip(values, weights, strict=True)):
-                writer.writerow([name, number, label, value, weight])
-    return text.getvalue().encode(errors="backslashreplace")
+    lines = (
+        (name, number, label, value, weight)
+        for name, held in found["items"].items()
+        for label, values in held["values"].items()
+        for number, (value, weight) in enumerate(
+            zip(values, held["other_weights"].get(label, held["weights"]), strict=True)
+        )
+    )
+    return csv_lines([("measure", "item", "label", "value", "weight"), *lines])
 
 
 def _row(plane: Plane, model: Scored, role: str) -> dict[str, Any]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, chop_cells
-from rich.console import Console
 from rich.table import Table
 
-from surgery.display import new_console, new_table, percent, print_notes, readable
-from surgery.provenance import dumps
+from surgery.display import Terminal, new_console, new_progress, new_table, print_notes, show_json
+from surgery.text import MISSING, number, readable, share
 
 if TYPE_CHECKING:
     from surgery.comparison.folder import Folder
@@ -39,23 +37,14 @@ def scoring_progress(models: int | None) -> Iterator[Observe]:
     Args:
         models: how many there are, where that is known.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    console = Console(stderr=True)
     seen: dict[str, None] = {}
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with new_progress() as bar:
         task = bar.add_task("", total=None)
 
         def observe(label: str, measure: str, done: int, total: int) -> None:
             seen.setdefault(label)
             of = f"/{models}" if models else ""
-            text = readable(f"{len(seen)}{of} {label[:LABEL]}: {measure[:LABEL]}").replace("[", r"\[")
+            text = f"{len(seen)}{of} {label[:LABEL]}: {measure[:LABEL]}"
             bar.update(task, description=text, completed=done, total=total or None)
 
         yield observe
@@ -76,8 +65,7 @@ def show(document: dict[str, Any], folder: Folder | None, *, as_json: bool) -> N
 
 def _show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.buffer.write(dumps(document))
-        sys.stdout.flush()
+        show_json(document)
         return
     console = new_console()
     _print(console, document)
@@ -88,11 +76,11 @@ def _show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) ->
 def as_text(document: dict[str, Any]) -> str:
     """A comparison as plain text, 80 columns wide."""
     text = io.StringIO()
-    _print(Console(file=text, width=80, highlight=False, markup=False, emoji=False, color_system=None), document)
+    _print(Terminal(file=text, width=80, color_system=None), document)
     return text.getvalue()
 
 
-def _print(console: Console, document: dict[str, Any]) -> None:
+def _print(console: Terminal, document: dict[str, Any]) -> None:
     console.print(_outcome(document))
     console.print("◆ no other keeps more and forgets less.  * best of its column, pre and ft aside.")
     for table in _scores(document, console.width):
@@ -111,7 +99,7 @@ def _outcome(document: dict[str, Any]) -> Table:
     for row in rows:
         cells = []
         for _, key, highest in OUTCOME:
-            text = percent(row[key]) if key == "effective_sparsity" else _number(row[key])
+            text = share(row[key], 2) if key == "effective_sparsity" else number(row[key])
             marked = highest is not None and row["role"] == "other" and row[key] is not None and row[key] == best[key]
             cells.append(text + ("*" if marked else ""))
         mark = "◆ " if row["pareto"] else "  "
@@ -121,7 +109,7 @@ def _outcome(document: dict[str, Any]) -> Table:
 
 def _task(document: dict[str, Any], row: dict[str, Any]) -> str:
     tasks = [measure["name"] for measure in document["measures"] if measure["role"] == "task"]
-    return _number(row["scores"][tasks[0]]["value"] if len(tasks) == 1 else row["downstream"])
+    return number(row["scores"][tasks[0]]["value"] if len(tasks) == 1 else row["downstream"])
 
 
 def _scores(document: dict[str, Any], width: int) -> Iterator[Table]:
@@ -144,18 +132,18 @@ def _scores(document: dict[str, Any], width: int) -> Iterator[Table]:
         table = new_table("Model")
         for measure in taken:
             table.add_column(readable(measure["name"]), justify="right", overflow="fold")
-        for number, row in enumerate(rows):
-            table.add_row(_label(row), *(cells[measure["name"]][number] for measure in taken))
+        for place, row in enumerate(rows):
+            table.add_row(_label(row), *(cells[measure["name"]][place] for measure in taken))
         yield table
 
 
 def _score(row: dict[str, Any], name: str) -> str:
-    score = row["scores"][name]
-    if score["value"] is None:
-        return "–"
-    half = None if None in (score["low"], score["high"]) else (score["high"] - score["low"]) / 2
-    same = score["p"] is not None and score["p"] >= DIFFERENT
-    return f"{_number(score['value'])} ±{_number(half)}{'≈' if same else ''}"
+    found = row["scores"][name]
+    if found["value"] is None:
+        return MISSING
+    half = None if None in (found["low"], found["high"]) else (found["high"] - found["low"]) / 2
+    same = found["p"] is not None and found["p"] >= DIFFERENT
+    return f"{number(found['value'])} ±{number(half)}{'≈' if same else ''}"
 
 
 def _best(rows: Sequence[dict[str, Any]], key: str, highest: bool) -> float | None:
@@ -166,10 +154,3 @@ def _best(rows: Sequence[dict[str, Any]], key: str, highest: bool) -> float | No
 def _label(row: dict[str, Any]) -> str:
     text = readable(row["label"])
     return text if cell_len(text) <= LABEL else f"{chop_cells(text, LABEL - 1)[0]}…"
-
-
-def _number(value: float | None) -> str:
-    """Four significant digits or three decimals."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"

@@ -45,7 +45,7 @@ class Folder:
         from surgery.comparison.compare import as_csv, items_as_csv
         from surgery.comparison.page import page
         from surgery.comparison.plot import plots
-        from surgery.provenance import dumps
+        from surgery.text import dumps
 
         files = {JSON: dumps(document), CSV: as_csv(document), ITEMS: items_as_csv(document), PAGE: page(document)}
         for name, content in (files | plots(document)).items():

@@ -4,8 +4,6 @@ Nothing is downloaded, and nothing is chosen by its result: the model, the skill
 the pre-trained and the fine-tuned model score, and each method's row is what came out.
 """
 
-import json
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from surgery.demo.skills import NEW_SKILL, evaluation_items, general_skills, practice_text, write_skills
 from surgery.demo.table import Row, results_table
+from surgery.display import new_progress
 from surgery.errors import OutputError, SurgeryError
+from surgery.text import dumps, readable, words
 
 DEFAULT_OUT = Path("surgery-demo")
 
@@ -121,7 +120,7 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
             rows.append(Row(label, folder, skills, downstream, distance(out / "pre", out / folder)))
 
     def fine_tune(phase: str, folder: str, make: Optimizer) -> None:
-        with _timed(seconds, phase), _steps(console, phase, effort.fine_tuning_steps) as advance:
+        with _timed(seconds, phase), _steps(phase, effort.fine_tuning_steps) as advance:
             model = load_model(out / "pre")
             schedule = Schedule(effort.fine_tuning_steps, FINE_TUNING_RATE)
             train(model, make, [NEW_SKILL], schedule, seed + 1, advance)
@@ -132,7 +131,7 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
         parameters = sum(parameter.numel() for parameter in model.parameters())
         names = ", ".join(skill.name for skill in general)
         _say(console, f"A new Llama of {parameters:,} parameters learns {names}.")
-        with _timed(seconds, "pre-training"), _steps(console, "pre-training", effort.pre_training_steps) as advance:
+        with _timed(seconds, "pre-training"), _steps("pre-training", effort.pre_training_steps) as advance:
             schedule = Schedule(effort.pre_training_steps, PRE_TRAINING_RATE)
             train(model, adamw, general, schedule, seed, advance)
             save_model(model, out / "pre")
@@ -170,7 +169,7 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
     _say(console, "This is one model of a million parameters; it ranks the methods for no other.")
     _say(console, f"Checkpoints, questions (skills) and demo.json are in {out}; one row again:")
     again = ["surgery", "fapm", "--pre", str(out / "pre"), "--ft", str(out / "ft"), "--sparsity", "0.9"]
-    _say(console, "  " + shlex.join(again))
+    _say(console, "  " + words(again))
 
     measured = {
         "seed": seed,
@@ -180,13 +179,13 @@ def _demo(out: Path, console: Console, edit: Callable[..., object], seed: int, e
         "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
         "rows": [{**asdict(row), "general": row.general} for row in rows],
     }
-    (out / "demo.json").write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "demo.json").write_bytes(dumps(measured))
     return measured
 
 
 def _say(console: Console, line: str) -> None:
-    """Print a line as it is: no markup, no colour of numbers, no wrapping of a command that will be pasted."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Print a line without wrapping it: a command in it will be pasted."""
+    console.print(readable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_transformers() -> None:
@@ -216,12 +215,11 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 @contextmanager
-def _steps(console: Console, phase: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar that disappears when done, on a terminal only; gives the function that moves it one step on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(phase, total=total)
-        yield lambda: progress.advance(task)
+def _steps(phase: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar; gives the function that moves it one step on."""
+    with new_progress() as bar:
+        task = bar.add_task(phase, total=total)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager

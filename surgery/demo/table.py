@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.table import Table
+
+from surgery.display import new_table
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,7 @@ def results_table(sections: Sequence[Sequence[Row]], new_skill: str) -> Table:
 
     All rows must have the same skills.
     """
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for heading in (*sections[0][0].skills, "AVG.", new_skill.upper(), "D"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("model", *sections[0][0].skills, "AVG.", new_skill.upper(), "D")
     for rows in sections:
         for row in rows:
             shares = (*row.skills.values(), row.general, row.downstream, row.distance)

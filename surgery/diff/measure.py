@@ -14,9 +14,7 @@ Of a checkpoint that surgery wrote, `remaining` is ‖Δ‖ over what it was bef
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +38,7 @@ from surgery.engines.stream import Tick, stream
 from surgery.engines.stream import workers as count_workers
 from surgery.errors import CheckpointError, OptionError
 from surgery.layout import CATEGORIES
+from surgery.text import csv_lines
 
 # How far a measured ‖Δ‖/‖W‖ may be from the one in a report: sums are added up in another order.
 SAME = 1e-6
@@ -192,19 +191,19 @@ def measure(
 
 def as_csv(document: dict[str, Any]) -> bytes:
     """One line for each tensor, in UTF-8; an unknown number is an empty field."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for number, line in enumerate(document["tensors"]):
-        flat = dict[str, Any]()
-        for name, value in line.items():
-            if isinstance(value, dict):
-                flat |= {f"{name}_{inner}": part for inner, part in value.items()}
-            else:
-                flat[name] = "x".join(map(str, value)) if isinstance(value, list) else value
-        if not number:
-            writer.writerow(flat)
-        writer.writerow(flat.values())
-    return text.getvalue().encode(errors="backslashreplace")
+    lines = [_flat(line) for line in document["tensors"]]
+    return csv_lines([*lines[:1], *(line.values() for line in lines)])
+
+
+def _flat(line: dict[str, Any]) -> dict[str, Any]:
+    """A tensor's line without dictionaries in it: {"delta": {"q50": 1}} as {"delta_q50": 1}."""
+    flat = dict[str, Any]()
+    for name, value in line.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}_{inner}": part for inner, part in value.items()}
+        else:
+            flat[name] = "x".join(map(str, value)) if isinstance(value, list) else value
+    return flat
 
 
 def _measure(tensor: Comparison, chunks: Chunks, bins: tuple[kernels.Counts, kernels.Counts]) -> Measured:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from surgery.display import new_console, new_table, print_notes, show_json
+from surgery.text import count, fixed, label, share, size
 
 if TYPE_CHECKING:
     from surgery.editing.job import Job
     from surgery.methods.actions import Step
-from surgery.display import count, label, new_console, new_table, percent, print_notes, size
 
 
 def show_plan(job: Job, *, as_json: bool) -> None:
@@ -29,7 +29,7 @@ def show_plan(job: Job, *, as_json: bool) -> None:
             for (category, doing), (tensors, entries, nbytes) in sizes.items()
         ]
         document = {"method": job.method.name, "output": str(job.out), "bytes": job.nbytes, "plan": plan}
-        print(json.dumps({**document, "notes": job.pair.notes}, indent=2))
+        show_json({**document, "notes": job.pair.notes})
         return
     table = new_table("Category", "Action", "Tensors", "Entries", "Bytes")
     words = {
@@ -52,10 +52,7 @@ def show_plan(job: Job, *, as_json: bool) -> None:
 def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: float, as_json: bool) -> None:
     """Print what a run did, by category, how long it took, and where the output is."""
     if as_json:
-        from surgery.provenance import dumps
-
-        sys.stdout.buffer.write(dumps(report))
-        sys.stdout.flush()
+        show_json(report)
         return
     table = new_table("Category", "Tensors", "Entries", "To pre", "Sparsity", "Effective", "D before", "D after")
     for category, group in report["categories"].items():
@@ -75,12 +72,8 @@ def _cells(group: dict[str, Any]) -> tuple[str, ...]:
         f"{group['tensors']:,}",
         count(group["entries"]),
         count(group["pruned"]),
-        percent(group["achieved_sparsity"]),
-        percent(group["effective_sparsity"]),
-        _distance(group["distance_before"]),
-        _distance(group["distance_after"]),
+        share(group["achieved_sparsity"], 2),
+        share(group["effective_sparsity"], 2),
+        fixed(group["distance_before"]),
+        fixed(group["distance_after"]),
     )
-
-
-def _distance(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from surgery.engines.results import Result
 from surgery.layout import CATEGORIES
 from surgery.methods import METHODS
 from surgery.methods.actions import Action, Blend, Keep, Merge, Prune, PruneRows, Reset, Step
+from surgery.text import readable, words
 
 ACTIONS: dict[type[Action], str] = {
     Keep: "kept",
@@ -118,7 +118,7 @@ def model_card(report: dict[str, Any], card_name: str) -> str:
     merged = f"merged with {', '.join(f'`{_source(other)}`' for other in others)} and " if others else ""
     parameters = ", ".join(f"{key} {json.dumps(value)}" for key, value in report["parameters"].items())
     body = [
-        f"# {card_name}",
+        f"# {readable(card_name)}",
         "",
         f"The fine-tuned model `{_source(ft)}`, {merged}edited towards the pre-trained `{_source(pre)}` with "
         f"surgery {report['versions']['surgery']} (`pip install model-surgery`): {METHODS[report['method']].about}.",
@@ -134,7 +134,7 @@ def model_card(report: dict[str, Any], card_name: str) -> str:
     body += [
         "",
         "```",
-        shlex.join(report["command"]),
+        words(report["command"]),
         "```",
         "",
         "What happened to each tensor is in `surgery-report.json`.",
@@ -144,7 +144,7 @@ def model_card(report: dict[str, Any], card_name: str) -> str:
 
 
 def _source(source: dict[str, Any]) -> str:
-    return f"{source['repo']}@{source['revision']}" if source["repo"] else source["typed"]
+    return readable(f"{source['repo']}@{source['revision']}" if source["repo"] else source["typed"])
 
 
 def _action(step: Step) -> str:

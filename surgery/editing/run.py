@@ -22,6 +22,7 @@ from surgery.engines.stream import Tick, stream
 from surgery.engines.stream import workers as count_workers
 from surgery.methods import parameters
 from surgery.methods.actions import Step
+from surgery.text import dumps
 
 
 class Engine(Protocol):
@@ -101,7 +102,7 @@ def run(
 def documents(document: dict[str, Any], container: Container) -> dict[str, bytes]:
     """The files that surgery itself writes beside the weights: report, model card, and the index where there is one."""
     files = {
-        REPORT: provenance.dumps(document),
+        REPORT: dumps(document),
         "README.md": report.model_card(document, document["output"]).encode(errors="backslashreplace"),
     }
     if container.index is not None:

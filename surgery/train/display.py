@@ -1,4 +1,4 @@
-"""What a training shows: a line that moves on a terminal, and a table at the end."""
+"""The view of a training: a progress bar while it runs, and tables at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
-from surgery import display
-from surgery.provenance import dumps
+from surgery.display import Words, new_console, new_progress, new_table, show_json
+from surgery.text import brief, fixed, readable, share
 
 FIRST = 1
 
@@ -27,15 +27,7 @@ class Screen:
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.leads = quiet, os.environ.get("RANK", "0") == "0"
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[says]}"),
-            TimeRemainingColumn(compact=True),
-        )
-        silent = not self.leads or not sys.stderr.isatty()
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=silent)
+        self.bar = new_progress(MofNCompleteColumn(), Words("says"), silent=not self.leads)
         self.round, self.begun = 0, (0.0, 0.0)
 
     def __enter__(self) -> Screen:
@@ -51,11 +43,10 @@ class Screen:
         """Print a line; on standard error where standard output is for JSON."""
         if not self.leads:
             return
-        line = display.readable(sentence)
         if self.bar.disable:
-            print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
+            print(readable(sentence), file=sys.stderr if self.quiet else sys.stdout, flush=True)
         else:
-            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.bar.console.print(sentence, soft_wrap=True)
 
     def step(self, number: int, rounds: int, step: int, steps: int, logs: dict[str, float]) -> None:
         """Show a step."""
@@ -76,11 +67,10 @@ class Screen:
         if not self.leads:
             return
         if self.quiet:
-            sys.stdout.buffer.write(dumps(report))
-            sys.stdout.flush()
+            show_json(report)
             return
-        console = display.new_console()
-        table = display.new_table("Round", "Rows", "Steps", "First loss", "Last loss", "Held out", "Seconds")
+        console = new_console()
+        table = new_table("Round", "Rows", "Steps", "First loss", "Last loss", "Held out", "Seconds")
         for number, round in enumerate(report["rounds"], FIRST):
             losses = [step["loss"] for step in round["steps"]]
             held_out = [one["loss"] for one in round["evaluations"]]
@@ -88,9 +78,9 @@ class Screen:
                 str(number),
                 f"{round['rows']:,}",
                 f"{len(losses):,}",
-                _loss(losses[0] if losses else None),
-                _loss(losses[-1] if losses else None),
-                _loss(held_out[-1] if held_out else None),
+                fixed(losses[0] if losses else None),
+                fixed(losses[-1] if losses else None),
+                fixed(held_out[-1] if held_out else None),
                 f"{round['seconds']:.1f}",
             )
         console.print(table)
@@ -98,22 +88,17 @@ class Screen:
             self._show_continual(console, report)
         frozen = report["rounds"][-1]["frozen"]
         if frozen:
-            console.print(f"Frozen in the last round: {display.percent(frozen['share'])} of all entries.")
+            console.print(f"Frozen in the last round: {share(frozen['share'], 2)} of all entries.")
         totals = report["totals"]
-        far = "–" if totals["distance_after"] is None else f"{totals['distance_after']:.3g}"
-        changed = display.percent(totals["differ"] / totals["entries"])
-        console.print(f"D from the start: {far}; entries that changed: {changed}")
+        changed = share(totals["differ"] / totals["entries"], 2)
+        console.print(f"D from the start: {brief(totals['distance_after'])}; entries that changed: {changed}")
         console.print(f"Wrote {out}", soft_wrap=True)
 
     def _show_continual(self, console: Console, report: dict[str, Any]) -> None:
         found = report["continual"]
         names = [f"Task {number}" for number in range(FIRST, len(found["scores"]) + FIRST)]
-        table = display.new_table("After round", *names, "OP", "BWT")
+        table = new_table("After round", *names, "OP", "BWT")
         for number, (scores, op, bwt) in enumerate(zip(found["scores"], found["op"], found["bwt"], strict=True), FIRST):
             table.add_row(str(number), *(f"{score:.3f}" for score in scores), f"{op:.3f}", f"{bwt:+.3f}")
         console.print(table)
         console.print("Scores are minus the loss of held-out answers. BWT below 0 is forgetting.")
-
-
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

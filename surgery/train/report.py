@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,8 @@ from surgery.editing.moved import moved
 from surgery.editing.report import as_json, by_category, summarize
 from surgery.editing.verify import stored
 from surgery.layout import place
-from surgery.provenance import dumps, origin, versions
+from surgery.provenance import origin, versions
+from surgery.text import dumps, readable, words
 from surgery.train.settings import Settings
 
 SETTINGS = "surgery-train.yaml"
@@ -100,9 +100,9 @@ def _card(found: dict[str, Any], settings: Settings) -> str:
     header += ["library_name: transformers", "tags:", "- surgery", f"- {settings.optim}", "---", ""]
     steps = [step for round in found["rounds"] for step in round["steps"]]
     body = [
-        f"# {settings.out.name}",
+        f"# {readable(settings.out.name)}",
         "",
-        f"`{model['repo'] or model['typed']}`, fine-tuned with surgery {found['versions']['surgery']} (`pip install "
+        f"`{readable(model['repo'] or model['typed'])}`, fine-tuned with surgery {found['versions']['surgery']} (`pip install "
         f"model-surgery`): {settings.task}, optimizer {settings.optim}, {len(steps):,} steps of {settings.batch} sequences.",
         "",
         f"- loss: {steps[0]['loss']:.4g} in the first step, {steps[-1]['loss']:.4g} in the last",
@@ -112,7 +112,7 @@ def _card(found: dict[str, Any], settings: Settings) -> str:
     body += [
         "",
         "```",
-        shlex.join(found["command"]),
+        words(found["command"]),
         "```",
         "",
         f"Settings are in `{SETTINGS}`, every step and every tensor in `{REPORT}`.",

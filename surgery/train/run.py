@@ -94,7 +94,7 @@ def train(
             last = work.last()
             kept = f" The last good state is kept: {last}" if last else ""
             if isinstance(error, KeyboardInterrupt) and last:
-                observer.say(f"{kept.strip()}\nContinue with --resume.")
+                observer.say(f"{kept.strip()}. Continue with --resume.")
             if _template_error(error):
                 raise OptionError(
                     f"The chat template cannot render the data ({error}). Correct the messages."

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.comparison.charts import AXES, setting
-from surgery.comparison.text import MISSING, finite, html, interval, number, score, share, stars
+from surgery.comparison.text import html, interval, score, stars
+from surgery.text import MISSING, finite, number, share
 
 ROLES = {"pre": "pre-trained", "ft": "fine-tuned"}
 

@@ -18,7 +18,8 @@ from typing import Any
 from surgery.comparison.charts import curve_charts, pareto_chart, series
 from surgery.comparison.page.bars import MOST, skills
 from surgery.comparison.page.table import table
-from surgery.comparison.text import finite, html, listed, number, share, words
+from surgery.comparison.text import html, listed
+from surgery.text import finite, number, share, words
 
 POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 KINDS = {"share": "share, higher is better", "loss": "nats per token, lower is better", "perplexity": "lower is better"}
