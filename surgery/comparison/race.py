@@ -1,0 +1,212 @@
+"""A race of many candidates on few items: who falls out, and how many items the others see next.
+
+Each round scores the candidates that are left on more items, on which they are compared pair by pair; the better half
+goes on (successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943). Two kinds of candidates fall out at once:
+those that are surely dominated, where another keeps more of the task and forgets less, and those that are surely
+beyond the limit. "Surely" is a one-sided t-test at 5% that is divided by the number of comparisons of the round.
+Along one number of a method neighbours inform each other: the half that goes on is chosen by smoothed scores.
+
+Nothing here proves anything of the winner, since it was chosen on these items: `surgery.comparison.proof` does, on
+others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from surgery.comparison.proof import LEVEL, Drop
+from surgery.evaluation.scores import Floats
+
+FINALISTS = 4
+FEWEST = 8  # items of each measure in the first round
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the winner must be.
+
+    Attributes:
+        limit: "forgetting", of which there may be `bound` at most, and most retention wins; "retention", of which there must be
+            `bound` at least, and least forgetting wins; or "knee": the best trade-off, see `merit`.
+        bound: a share: 0.01 is one point of accuracy or one percent of likelihood.
+    """
+
+    limit: Literal["forgetting", "retention", "knee"]
+    bound: float = 0.0
+
+    @property
+    def most(self) -> float:
+        """How large the limited drop may be: forgetting, or the lost share of the task."""
+        return self.bound if self.limit == "forgetting" else 1 - self.bound
+
+    def within(self, lost: float, forgot: float) -> bool:
+        """Whether a model meets the limit; any does where there is none."""
+        return self.limit == "knee" or (forgot if self.limit == "forgetting" else lost) <= self.most
+
+    def merit(self, lost: float, forgot: float, scale: tuple[float, float]) -> float:
+        """How good a model is, more is better: those within the limit before all others, which follow by their excess.
+
+        The knee is the model that keeps most of what fine-tuning gained and undoes most of what it forgot, both as shares:
+        1 − lost / scale[0] + 1 − forgot / scale[1], which is 1 for pre and for ft.
+
+        Args:
+            lost: the share of ft's task score that is gone.
+            forgot: of the general score.
+            scale: pre's `lost` and ft's `forgot`.
+        """
+        if self.limit == "knee":
+            return -sum(drop / max(whole, 1e-9) for drop, whole in zip((lost, forgot), scale, strict=True))
+        limited, other = (forgot, lost) if self.limit == "forgetting" else (lost, forgot)
+        return -other if limited <= self.most else -1e6 - limited
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What is known of a candidate so far.
+
+    Attributes:
+        lost: one drop from ft for each task.
+        forgot: one drop from pre for each general measure.
+        line: what the candidates have in common that differ in `place` alone; None where there is no such number.
+        place: that number.
+    """
+
+    lost: Sequence[Drop]
+    forgot: Sequence[Drop]
+    line: Hashable | None = None
+    place: float = 0.0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One of the two drops of all candidates, on the same items.
+
+    Attributes:
+        values: float64 [candidates].
+        influences: for each measure float64 [candidates, items].
+    """
+
+    values: Floats
+    influences: list[Floats]
+
+    @staticmethod
+    def of(columns: Sequence[Sequence[Drop]]) -> Axis:
+        """The axis of candidates whose drops are given, [candidates][measures]."""
+        found = [[drop.influence() for drop in drops] for drops in columns]
+        values = np.array([np.mean([drop[0] for drop, _ in row]) for row in found])
+        measures = range(len(columns[0]))
+        return Axis(values, [np.concatenate([row[number][1] for row in found]) for number in measures])
+
+    def errors(self, minus: int | None = None) -> Floats:
+        """The standard error of each value, or of its difference from that of one candidate, [candidates]."""
+        squared = np.zeros(len(self.values))
+        for influence in self.influences:
+            difference = influence if minus is None else influence - influence[minus]
+            count = difference.shape[1]
+            squared += (difference**2).sum(1) / max(count - 1, 1) / count
+        return np.sqrt(squared) / len(self.influences)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom: of the measure with the fewest items."""
+        return max(1, min(influence.shape[1] for influence in self.influences) - 1)
+
+
+def sift(
+    standings: Mapping[str, Standing], goal: Goal, scale: tuple[float, float], keep: int
+) -> tuple[list[str], dict[str, str]]:
+    """The candidates that go on, the best first, and why each of the others falls out.
+
+    Args:
+        standings: by label; all on the same items.
+        scale: as for `Goal.merit`.
+        keep: so many go on at most.
+    """
+    labels = list(standings)
+    lost = Axis.of([standings[label].lost for label in labels])
+    forgot = Axis.of([standings[label].forgot for label in labels])
+    fallen = _surely_beyond(labels, lost if goal.limit == "retention" else forgot, goal)
+    fallen |= {label: why for label, why in _dominated(labels, lost, forgot).items() if label not in fallen}
+    if len(fallen) == len(labels):  # nobody is within the limit: go on with those that come nearest
+        fallen = {}
+    smooth = _smoothed(standings, lost.values), _smoothed(standings, forgot.values)
+    merits = {label: goal.merit(float(smooth[0][at]), float(smooth[1][at]), scale) for at, label in enumerate(labels)}
+    left = sorted((label for label in labels if label not in fallen), key=lambda label: -merits[label])
+    for label in left[keep:]:
+        fallen[label] = "others were ahead"
+    return left[:keep], fallen
+
+
+def rounds(candidates: int, budget: float, finalists: int = FINALISTS) -> list[tuple[int, float]]:
+    """How many candidates each round has, and the share of the items that they have seen by its end.
+
+    Every round costs the same. Shares rise to 1 at most.
+
+    Args:
+        budget: of all rounds together, in evaluations of one model on all items of the half that is for choosing.
+    """
+    counts = [candidates]
+    while counts[-1] > finalists:
+        counts.append(max(finalists, math.ceil(counts[-1] / 2)))
+    plan, seen = [], 0.0
+    for count in counts:
+        seen = min(1.0, seen + budget / len(counts) / count)
+        plan.append((count, seen))
+    return plan
+
+
+def _surely_beyond(labels: Sequence[str], limited: Axis, goal: Goal) -> dict[str, str]:
+    if goal.limit == "knee":
+        return {}
+    excess = limited.values - goal.most
+    sure = _p_above_zero(excess, limited.errors(), limited.freedom) <= LEVEL / len(labels)
+    return {label: "surely beyond the limit" for label, beyond in zip(labels, sure, strict=True) if beyond}
+
+
+def _dominated(labels: Sequence[str], lost: Axis, forgot: Axis) -> dict[str, str]:
+    """Those that another surely beats on both axes."""
+    found, level = dict[str, str](), LEVEL / max(1, len(labels) * (len(labels) - 1))
+    for at, better in enumerate(labels):
+        worse = np.ones(len(labels), dtype=bool)
+        for axis in (lost, forgot):
+            gap = axis.values - axis.values[at]
+            worse &= _p_above_zero(gap, axis.errors(at), axis.freedom) <= level
+        for beaten in np.flatnonzero(worse):
+            found.setdefault(labels[beaten], f"{better} keeps more and forgets less")
+    return found
+
+
+def _p_above_zero(values: Floats, errors: Floats, freedom: int) -> Floats:
+    """One-sided p-values, [n]: small where a value is surely above 0."""
+    from scipy.stats import t
+
+    with np.errstate(all="ignore"):
+        statistic = np.where(errors > 0, values / errors, np.sign(values) * np.inf)
+    p: Floats = t.sf(np.nan_to_num(statistic, nan=-np.inf), freedom)
+    return p
+
+
+def _smoothed(standings: Mapping[str, Standing], values: Floats) -> Floats:
+    """Scores in which neighbours along a line have a say: a line is fitted through each and its nearest, by tricube weights."""
+    smooth = values.copy()
+    lines: dict[Hashable, list[int]] = {}
+    for at, standing in enumerate(standings.values()):
+        if standing.line is not None and np.isfinite(values[at]):
+            lines.setdefault(standing.line, []).append(at)
+    places = np.array([standing.place for standing in standings.values()])
+    for members in lines.values():
+        if len(members) < 4:
+            continue
+        x, y = places[members], values[members]
+        for at in members:
+            distance = np.abs(x - places[at])
+            reach = 1.5 * np.sort(distance)[2] or 1.0
+            weight = np.sqrt(np.clip(1 - (distance / reach) ** 3, 0, None) ** 3)
+            design = np.stack([np.ones_like(x), x - places[at]], axis=1)
+            smooth[at] = np.linalg.lstsq(design * weight[:, None], y * weight, rcond=None)[0][0]
+    return smooth
