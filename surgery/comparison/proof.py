@@ -188,7 +188,7 @@ def items_needed(deviation: float, margin: float) -> int:
 
     if margin <= 0:
         raise ValueError("a model at its limit cannot be proved to be within it")
-    return max(2, math.ceil(((norm.isf(LEVEL) + norm.isf(0.2)) * deviation / margin) ** 2))
+    return max(2, math.ceil(float((norm.isf(LEVEL) + norm.isf(0.2)) * deviation / margin) ** 2))
 
 
 def _draws(counts: Sequence[int]) -> Iterator[list[NDArray[np.int64]]]:

@@ -114,7 +114,7 @@ class Axis:
     @property
     def freedom(self) -> int:
         """Degrees of freedom: of the measure with the fewest items."""
-        return max(1, min(influence.shape[1] for influence in self.influences) - 1)
+        return max(1, min(int(influence.shape[1]) for influence in self.influences) - 1)
 
 
 def sift(
@@ -176,7 +176,7 @@ def _dominated(labels: Sequence[str], lost: Axis, forgot: Axis) -> dict[str, str
         for axis in (lost, forgot):
             gap = axis.values - axis.values[at]
             worse &= _p_above_zero(gap, axis.errors(at), axis.freedom) <= level
-        for beaten in np.flatnonzero(worse):
+        for beaten in np.flatnonzero(worse).tolist():
             found.setdefault(labels[beaten], f"{better} keeps more and forgets less")
     return found
 
