@@ -12,6 +12,7 @@ from surgery.evaluation.scores import Advance
 from surgery.model.language_model import LanguageModel
 from surgery.model.likelihood import check_ids
 
+SAMPLED = 16  # texts that are written at once, whatever the batch size, so that a seed means one thing
 TAIL = 16  # tokens in which the stop is looked for
 
 
@@ -71,16 +72,73 @@ def generate(
     return answers, cut
 
 
-def _answer(
-    model: LanguageModel, prompts: list[list[int]], greedy: Any, ends: list[int], stop: str | None
-) -> list[str]:
+def sample(
+    model: LanguageModel, prompts: Sequence[list[int]], most: int, seed: int, advance: Advance
+) -> list[list[int]]:
+    """What a model writes of its own accord: each token drawn with the probability that the model gives it (temperature 1).
+
+    Args:
+        prompts: token ids, at least one each.
+        most: tokens that are written at most; an end of text, which is kept, ends it earlier.
+        seed: of the draw; the same on one machine, with one device and type of numbers.
+
+    Returns:
+        The tokens that follow each prompt, one or more.
+
+    Raises:
+        OptionError: `most` leaves no room for a prompt, or memory runs out.
+        CheckpointError: generation_config.json is damaged, or the model cannot run.
+    """
+    from transformers import GenerationConfig
+
+    if model.length is not None and max(map(len, prompts)) + most > model.length:
+        raise OptionError(f"{most:,} tokens do not fit into the {model.length:,} that the model takes. Ask for fewer.")
+    check_ids(model, iter(prompts))
+    ends = _ends(model)
+    config: Any = GenerationConfig
+    free = config(
+        max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
+        eos_token_id=ends or None, pad_token_id=(ends or [0])[0],
+    )  # fmt: skip
     net: Any = model.model
+    own, net.generation_config = net.generation_config, config()
+    written: list[list[int]] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with model.running(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), SAMPLED):
+                batch = prompts[start : start + SAMPLED]
+                ids, mask = _padded(batch, free.pad_token_id)
+                output = net.generate(
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=free
+                )
+                for found in output[:, ids.shape[1] :].tolist():
+                    end = next((at for at, token in enumerate(found) if token in ends), len(found))
+                    written.append(found[: end + 1])
+                advance(len(written), len(prompts))
+    finally:
+        net.generation_config = own
+    return written
+
+
+def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left, int64 [prompts, length], and where they are, likewise."""
     length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), greedy.pad_token_id, dtype=torch.int64)
+    ids = torch.full((len(prompts), length), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
         mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def _answer(
+    model: LanguageModel, prompts: list[list[int]], greedy: Any, ends: list[int], stop: str | None
+) -> list[str]:
+    net: Any = model.model
+    ids, mask = _padded(prompts, greedy.pad_token_id)
+    length = ids.shape[1]
 
     def stopped(found: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         tails = model.tokenizer.batch_decode(found[:, max(length, found.shape[1] - TAIL) :])

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear, pad
 
 from surgery.errors import CheckpointError, OptionError
 from surgery.evaluation.scores import Advance
@@ -47,7 +48,7 @@ def loglikelihoods(model: LanguageModel, pairs: Sequence[Pair], advance: Advance
     found = [(0.0, True)] * len(fitted)
     done = 0
     with model.running():
-        for batch in _batches(fitted, model.batch, vocabulary):
+        for batch in batches(fitted, model.batch, vocabulary):
             for index, score in zip(batch, _score(model, [fitted[index] for index in batch]), strict=True):
                 found[index] = score
             done += len(batch)
@@ -98,7 +99,7 @@ def check_ids(model: LanguageModel, texts: Iterator[list[int]]) -> int:
     return vocabulary
 
 
-def _batches(pairs: Sequence[Pair], size: int, vocabulary: int) -> Iterator[list[int]]:
+def batches(pairs: Sequence[Pair], size: int, vocabulary: int) -> Iterator[list[int]]:
     """Indices of pairs, the longest first, so that what does not fit into memory fails at once."""
     batch: list[int] = []
     scored = 0
@@ -114,27 +115,11 @@ def _batches(pairs: Sequence[Pair], size: int, vocabulary: int) -> Iterator[list
 
 
 def _score(model: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-    # Each token is predicted where the one before it stands.
-    texts = [(context + continuation)[:-1] for context, continuation in pairs]
     counts = [len(continuation) for _, continuation in pairs]
-    length = max(map(len, texts))
-    ids = torch.full((len(texts), length), PAD, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
-        mask[row, : len(text)] = 1
-    places = [range(len(text) - count, len(text)) for text, count in zip(texts, counts, strict=True)]
-    rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(model.device)
-    columns = torch.tensor([column for places_of_row in places for column in places_of_row], device=model.device)
     wanted = torch.tensor([token for _, continuation in pairs for token in continuation], device=model.device)
     if not len(wanted):
         return [(0.0, True)] * len(pairs)
-    arguments = call_arguments(model.model, ids.to(model.device))
-    if not mask.all():
-        arguments["attention_mask"] = mask.to(model.device)  # positions count from 0 on the left by themselves
-    with _head_at(model, tuple(ids.shape), rows, columns):
-        logits = model.model(**arguments).logits
-    logits = logits[0] if logits.shape[:2] == (1, len(wanted)) else logits[rows, columns]
+    logits = logits_of(model, pairs)
     step = max(1, PIECE // logits.shape[-1])
     losses, greedy = [], []
     for start in range(0, len(wanted), step):
@@ -155,21 +140,112 @@ def _score(model: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[float, boo
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Another model's head, and what it is given: its logits are made in the same forward pass, and scaled or capped alike.
+
+    Attributes:
+        states: what enters the head where a token is predicted, [tokens, width].
+        weight, bias: of the head, [vocabulary, width] and [vocabulary].
+    """
+
+    states: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def logits_of(model: LanguageModel, pairs: Sequence[Pair], other: Head | None = None) -> torch.Tensor:
+    """The logits that predict each token of the continuations, [tokens, vocabulary], the pairs one behind the other.
+
+    Args:
+        pairs: a batch; at least one continuation has a token.
+        other: its logits follow, of as many tokens.
+
+    Raises:
+        CheckpointError: another head is given, and this model's own cannot be reached.
+    """
+    arguments, at = _arguments(model, pairs)
+    with _at_head(model, at, other=other):
+        logits: torch.Tensor = model.model(**arguments).logits
+    if logits.shape[:2] == (1, len(at.rows) * (1 if other is None else 2)):
+        return logits[0]
+    if other is not None:
+        raise CheckpointError(f"{model.folder}: {type(model.model).__name__} has no head that surgery can ask.")
+    return logits[at.rows, at.columns]
+
+
+def states_of(model: LanguageModel, pairs: Sequence[Pair]) -> torch.Tensor:
+    """What enters the head where each token of the continuations is predicted, [tokens, width]; see `logits_of`."""
+    arguments, at = _arguments(model, pairs)
+    seen: list[torch.Tensor] = []
+    with _at_head(model, at, seen=seen):
+        model.model(**arguments)
+    if len(seen) != 1:
+        raise CheckpointError(f"{model.folder}: {type(model.model).__name__} has no head that surgery can ask.")
+    return seen[0][0]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where tokens are predicted: the shape [texts, length] of a batch, and rows and columns in it, int64 [tokens]."""
+
+    shape: torch.Size
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+def _arguments(model: LanguageModel, pairs: Sequence[Pair]) -> tuple[dict[str, Any], Places]:
+    """What to call the model with, and where each token is predicted: where the one before it stands."""
+    texts = [(context + continuation)[:-1] for context, continuation in pairs]
+    counts = [len(continuation) for _, continuation in pairs]
+    length = max(map(len, texts))
+    ids = torch.full((len(texts), length), PAD, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
+        mask[row, : len(text)] = 1
+    places = [range(len(text) - count, len(text)) for text, count in zip(texts, counts, strict=True)]
+    rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(model.device)
+    columns = torch.tensor([column for places_of_row in places for column in places_of_row], device=model.device)
+    arguments: dict[str, Any] = call_arguments(model.model, ids.to(model.device))
+    if not mask.all():
+        arguments["attention_mask"] = mask.to(model.device)  # positions count from 0 on the left by themselves
+    return arguments, Places(ids.shape, rows, columns)
+
+
 @contextmanager
-def _head_at(model: LanguageModel, shape: tuple[int, ...], rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
-    """Inside, the head makes logits at some places only, [1, places, vocabulary]; what a model does to logits then is as ever."""
+def _at_head(
+    model: LanguageModel, at: Places, *, other: Head | None = None, seen: list[torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Inside, the head makes logits at some places only, [1, places, vocabulary]; what a model does to logits then is as ever.
+
+    Args:
+        at: the places.
+        other: its logits are put behind the model's own.
+        seen: takes what enters the head there, [1, places, width].
+    """
     head = model.model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     def choose(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if not inputs or inputs[0].shape[:-1] != shape:
+        if not inputs or inputs[0].shape[:-1] != at.shape:
             return None
-        return (inputs[0][rows, columns][None], *inputs[1:])
+        chosen = inputs[0][at.rows, at.columns][None]
+        if seen is not None:
+            seen.append(chosen)
+        return (chosen, *inputs[1:])
+
+    def add(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if other is None or output.shape[:2] != (1, len(at.rows)):
+            return output
+        more = linear(other.states, other.weight, other.bias)[None]
+        return torch.cat([output, pad(more, (0, output.shape[-1] - more.shape[-1]))], dim=1)
 
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(choose)
+    hooks = [head.register_forward_pre_hook(choose), head.register_forward_hook(add)]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
