@@ -18,9 +18,10 @@ import torch
 
 from surgery.checkpoint.dtypes import torch_type
 from surgery.checkpoint.tensor import Sink, Tensor
-from surgery.engines.cpu import CpuEngine, checked
+from surgery.engines.cpu import CpuEngine
 from surgery.engines.results import Result
 from surgery.engines.selection import keep_mask
+from surgery.engines.worker import checked
 from surgery.errors import CheckpointError
 from surgery.methods.actions import Blend, Prune, Step
 from surgery.methods.hma import blend

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from surgery.checkpoint.dtypes import RAW, Array, Floats
-from surgery.checkpoint.tensor import Reader
+from surgery.checkpoint.tensor import Reader, Sink
 from surgery.engines import kernels
 from surgery.engines.chunks import CHUNK, Sides
+from surgery.engines.prune import take
 from surgery.engines.results import Result, Sums
 from surgery.engines.selection import Search, rank, runs
+from surgery.engines.worker import Worker
 from surgery.methods.actions import Keep, PruneRows, Reset
-
-if TYPE_CHECKING:
-    from surgery.checkpoint.tensor import Sink
-    from surgery.engines.cpu import CpuEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class Matrix:
         return scores
 
 
-def prune_rows(engine: CpuEngine, action: PruneRows, sides: Sides, sink: Sink) -> Result:
+def prune_rows(worker: Worker, action: PruneRows, sides: Sides, sink: Sink) -> Result:
     """Write ft where an entry's score is above the threshold of its group, else pre.
 
     Args:
@@ -62,14 +59,14 @@ def prune_rows(engine: CpuEngine, action: PruneRows, sides: Sides, sink: Sink) -
     group = entries if action.whole else weights.shape[1]
     r = rank(action.sparsity, group)
     if r in (0, group):
-        return engine.take(Keep() if r == 0 else Reset(), sides, sink)
+        return take(worker, Keep() if r == 0 else Reset(), sides, sink)
     sums, kept, word = Sums(), 0, np.dtype(f"u{RAW[sides.ft.dtype].itemsize}")
     for matrix in _matrices(action, weights, entries, sides):
-        limit = _limit(engine, action, matrix, r)
-        for first, base, tuned, scores in _stored_rows(engine, matrix):
+        limit = _limit(worker, action, matrix, r)
+        for first, base, tuned, scores in _stored_rows(worker, matrix):
             keep = scores > (np.partition(scores, r - 1, axis=1)[:, r - 1 : r] if limit is None else limit)
             # Through integers, since a float copy may quieten a NaN's bits.
-            cast = engine.cast(base, sides.pre, sides.ft).view(word)
+            cast = worker.cast(base, sides.pre, sides.ft).view(word)
             out = np.where(keep.ravel(), tuned.view(word), cast).view(tuned.dtype)
             before = kernels.distance(sides.pre.dtype, base, sides.ft.dtype, tuned)
             after = kernels.distance(sides.pre.dtype, base, sides.ft.dtype, out)
@@ -88,19 +85,19 @@ def _matrices(action: PruneRows, weights: Floats, entries: int, sides: Sides) ->
             yield Matrix(sides, number * entries, entries // k, k, row[None])
 
 
-def _limit(engine: CpuEngine, action: PruneRows, matrix: Matrix, r: int) -> Floats | np.float32 | None:
+def _limit(worker: Worker, action: PruneRows, matrix: Matrix, r: int) -> Floats | np.float32 | None:
     """The threshold of the matrix, or those of its columns [width]; None where every stored row has its own."""
     if action.whole:
-        return _whole_limit(engine, matrix, r)
-    return _column_limits(engine, matrix, r) if action.transposed else None
+        return _whole_limit(worker, matrix, r)
+    return _column_limits(worker, matrix, r) if action.transposed else None
 
 
-def _whole_limit(engine: CpuEngine, matrix: Matrix, r: int) -> np.float32:
+def _whole_limit(worker: Worker, matrix: Matrix, r: int) -> np.float32:
     n = matrix.height * matrix.width
     starts, length = runs(n)
     sample = []
     for start in starts:
-        base, tuned = _raw(engine, matrix, int(start), length)
+        base, tuned = _raw(worker, matrix, int(start), length)
         delta, _ = kernels.task_vector(matrix.sides.pre.dtype, base, matrix.sides.ft.dtype, tuned)
         weights = np.broadcast_to(matrix.weights, (matrix.height, matrix.width)).flat[int(start) : int(start) + length]
         sample.append(delta * weights)
@@ -109,7 +106,7 @@ def _whole_limit(engine: CpuEngine, matrix: Matrix, r: int) -> np.float32:
         low, high, collect = search.bracket()
         above_low = above_high = 0
         inside = [np.empty(0, np.float32)]
-        for *_, scores in _stored_rows(engine, matrix):
+        for *_, scores in _stored_rows(worker, matrix):
             low_mask, high_mask = scores > low, scores > high
             above_low, above_high = above_low + int(low_mask.sum()), above_high + int(high_mask.sum())
             if collect:
@@ -118,34 +115,34 @@ def _whole_limit(engine: CpuEngine, matrix: Matrix, r: int) -> np.float32:
     return search.threshold
 
 
-def _column_limits(engine: CpuEngine, matrix: Matrix, r: int) -> Floats:
+def _column_limits(worker: Worker, matrix: Matrix, r: int) -> Floats:
     """The r-th smallest score of each column, [width]."""
     limits = np.empty(matrix.width, np.float32)
     stripe = max(CHUNK // matrix.height, 1)
     for left in range(0, matrix.width, stripe):
         right = min(left + stripe, matrix.width)
-        gathered = [_raw(engine, matrix, row * matrix.width + left, right - left) for row in range(matrix.height)]
+        gathered = [_raw(worker, matrix, row * matrix.width + left, right - left) for row in range(matrix.height)]
         base, tuned = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
         part = Matrix(matrix.sides, 0, matrix.height, right - left, matrix.weights)
         limits[left:right] = np.partition(part.scores(base, tuned, 0, matrix.height), r - 1, axis=0)[r - 1]
     return limits
 
 
-def _stored_rows(engine: CpuEngine, matrix: Matrix) -> Iterator[tuple[int, Array, Array, Floats]]:
+def _stored_rows(worker: Worker, matrix: Matrix) -> Iterator[tuple[int, Array, Array, Floats]]:
     """(first row, raw pre, raw ft, scores [rows, width]) of as many stored rows at a time as a chunk holds, one at least."""
     step = max(CHUNK // matrix.width, 1)
     for first in range(0, matrix.height, step):
         last = min(first + step, matrix.height)
-        base, tuned = _raw(engine, matrix, first * matrix.width, (last - first) * matrix.width)
+        base, tuned = _raw(worker, matrix, first * matrix.width, (last - first) * matrix.width)
         yield first, base, tuned, matrix.scores(base, tuned, first, last)
 
 
-def _raw(engine: CpuEngine, matrix: Matrix, start: int, count: int) -> tuple[Array, Array]:
+def _raw(worker: Worker, matrix: Matrix, start: int, count: int) -> tuple[Array, Array]:
     """Entries [start, start + count) of the matrix, of pre and of ft, raw."""
 
     def read(reader: Reader) -> Array:
         raw = np.empty(count, RAW[reader.tensor.dtype])
-        engine.tick(reader.fill((matrix.begin + start) * raw.itemsize, memoryview(raw.view(np.uint8))))
+        worker.tick(reader.fill((matrix.begin + start) * raw.itemsize, memoryview(raw.view(np.uint8))))
         return raw
 
     return read(matrix.sides.read_pre), read(matrix.sides.read_ft)

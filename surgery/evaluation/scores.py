@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -21,12 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from surgery.model.language_model import LanguageModel
+    from surgery.model.language_model import Advance, LanguageModel
 
 Kind = Literal["share", "loss", "perplexity"]
 Floats = NDArray[np.float64]
-# (items done, items in all)
-Advance = Callable[[int, int], None]
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000

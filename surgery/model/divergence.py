@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from surgery.errors import CheckpointError
-from surgery.model.language_model import LanguageModel
-from surgery.model.likelihood import PIECE, Advance, Head, Pair, batches, check_ids, logits_of, states_of
+from surgery.model.language_model import Advance, LanguageModel
+from surgery.model.likelihood import PIECE, Head, Pair, batches, check_ids, logits_of, states_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def remember(model: LanguageModel, pairs: Sequence[Pair], advance: Advance = lam
         for batch in batches(pairs, model.batch, 2 * head.out_features):
             found = states_of(model, [pairs[index] for index in batch])
             counts = [len(pairs[index][1]) for index in batch]
-            for index, part in zip(batch, found.split(counts), strict=True):
+            for index, part in zip(batch, torch.split(found, counts), strict=True):
                 states[index] = part.clone()
             done += len(batch)
             advance(done, len(pairs))
@@ -106,7 +106,7 @@ def divergences(model: LanguageModel, base: Base, chosen: Sequence[int], advance
                 ]
             )
             counts = [len(tokens) for _, tokens in parts]
-            for index, part in zip(batch, each.double().cpu().split(counts), strict=True):
+            for index, part in zip(batch, torch.split(each.double().cpu(), counts), strict=True):
                 found[index] = max(0.0, float(part.mean()))
             done += len(batch)
             advance(done, len(pairs))

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from surgery.errors import CheckpointError, OptionError, reason
-from surgery.evaluation.scores import Advance
-from surgery.model.language_model import LanguageModel
+from surgery.model.language_model import Advance, LanguageModel
 from surgery.model.likelihood import check_ids
 
 SAMPLED = 16  # texts that are written at once, whatever the batch size, so that a seed means one thing

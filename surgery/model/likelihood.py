@@ -15,8 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear, pad
 
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluation.scores import Advance
-from surgery.model.language_model import LanguageModel
+from surgery.model.language_model import Advance, LanguageModel
 from surgery.model.skeleton import call_arguments
 
 # A context, and how the text goes on.

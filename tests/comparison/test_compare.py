@@ -25,9 +25,10 @@ from surgery.comparison.compare import Plane, as_csv, compare, document, items_a
 from surgery.errors import CheckpointError, OptionError, OutputError
 from surgery.evaluation.bench import Bench, Scored
 from surgery.evaluation.cache import Cache
-from surgery.evaluation.scores import Advance, Kind, Scores
+from surgery.evaluation.scores import Kind, Scores
 from surgery.evaluation.scoring import Scoring
 from surgery.evaluation.subject import Subject, open_subject, open_subjects
+from surgery.model.language_model import Advance
 
 
 @dataclass

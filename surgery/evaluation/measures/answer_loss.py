@@ -14,10 +14,10 @@ import numpy as np
 from surgery.data.encode import learnt
 from surgery.data.rows import Row
 from surgery.errors import OptionError
-from surgery.evaluation.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
-    from surgery.model.language_model import LanguageModel
+    from surgery.model.language_model import Advance, LanguageModel
 
 
 @dataclass(eq=False)

@@ -17,10 +17,10 @@ import numpy as np
 
 from surgery.data.encode import encode, parts, prefix
 from surgery.errors import OptionError
-from surgery.evaluation.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
-    from surgery.model.language_model import LanguageModel
+    from surgery.model.language_model import Advance, LanguageModel
 
 CONTEXTS = ("ctx", "context", "query")  # go on with a choice as they stand
 QUESTIONS = ("question", "goal")

@@ -9,10 +9,10 @@ import numpy as np
 
 from surgery.data.encode import Message, prefix, prompt_ids
 from surgery.evaluation.measures.matching import METRICS
-from surgery.evaluation.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
-    from surgery.model.language_model import LanguageModel
+    from surgery.model.language_model import Advance, LanguageModel
 
 # What a model writes that goes on with questions of its own.
 NEXT_QUESTION = "\nQuestion:"

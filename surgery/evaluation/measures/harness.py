@@ -24,10 +24,10 @@ import numpy as np
 
 from surgery.errors import OptionError, SurgeryError, reason
 from surgery.evaluation.measures.harness_tasks import contained, load_tasks
-from surgery.evaluation.scores import Advance, Floats, Kind, Measure, Scores
+from surgery.evaluation.scores import Floats, Kind, Measure, Scores
 
 if TYPE_CHECKING:
-    from surgery.model.language_model import LanguageModel
+    from surgery.model.language_model import Advance, LanguageModel
 
 PREFERRED = ("acc_norm", "acc")
 # Aggregations of the harness whose numbers are means of values that each item has, and what the values are.

@@ -13,12 +13,12 @@ import numpy as np
 
 from surgery.data.encode import encode
 from surgery.errors import OptionError
-from surgery.evaluation.scores import Advance, Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from surgery.model.language_model import LanguageModel
+    from surgery.model.language_model import Advance, LanguageModel
 
 CHARACTERS = 16  # of text for each token that is wanted, at first
 MARGIN = 64  # tokens at the end of a text that was cut: not those of the whole text
