@@ -62,7 +62,7 @@ def _diff(
 
     count_workers(workers)
     if plot:
-        from surgery.diff.plot import ENDINGS, check_matplotlib
+        from surgery.pictures import ENDINGS, check_matplotlib
 
         check_matplotlib()
     with ExitStack() as places:
@@ -84,7 +84,8 @@ def _diff(
 
 
 def _draw(both: "Pair", document: dict[str, Any], tensor: str | None, kind: str) -> bytes:
-    from surgery.diff.plot import four_panels, heat_map, render
+    from surgery.diff.plot import four_panels, heat_map
+    from surgery.pictures import render
 
     if tensor is None:
         return render(heat_map(document), kind)

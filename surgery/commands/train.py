@@ -239,7 +239,7 @@ def _train(
             raise OptionError(f"--{key} is missing. Give it here or in --config.")
     settings = Settings(**values | {"data": tuple(values["data"])})
     if plot is not None:
-        from surgery.diff.plot import ENDINGS, check_matplotlib, render
+        from surgery.pictures import ENDINGS, check_matplotlib, render
 
         if not settings.multi:
             raise OptionError("--plot draws the scores of several tasks: give more than one --data, or leave it out.")

@@ -1,10 +1,10 @@
-"""What the pictures of a comparison show, as plain data: page.js and matplotlib draw the same charts.
+"""What the pictures of a comparison show, as plain data, which `surgery.comparison.plot` draws.
 
 A chart is a dict that JSON can hold:
 
-    name, title         which picture it is, and the words above it
+    title               of curves: the words above them
     x, y                {"label", "percent": in percent, "flip": small values on the far side}
-    points              {"series", "role", "row", "label", "pareto", "x": [value, low, high], "y": [value, low, high], "tip",
+    points              {"series", "role", "row", "label", "pareto", "x": [value, low, high], "y": [value, low, high],
                         "rank": which names come first where room is short: 3 pre and ft, 2 Pareto-optimal, 1 the end of a line}
     lines               {"series", "points": [[x, y, low, high], …]} in the order in which they are joined
     front               [[x, y], …] of the Pareto-optimal rows by x; none is better than these on both axes
@@ -96,8 +96,6 @@ def pareto_chart(document: Document) -> dict[str, Any]:
     ]
     front = sorted([point["x"][0], point["y"][0]] for point in points if point["pareto"])
     return {
-        "name": "pareto",
-        "title": "Task score kept against general ability lost",
         "x": {"label": "retention of ft's task score", "percent": True, "flip": False},
         "y": {"label": "forgetting (less is better)", "percent": False, "flip": True},
         "points": points,
@@ -133,13 +131,12 @@ def curve_charts(document: Document) -> list[list[dict[str, Any]]]:
 
     tasks = [readable(measure["name"]) for measure in document["measures"] if measure["role"] == "task"]
     panels = (
-        ("downstream", f"Downstream: {', '.join(tasks)}", "downstream score", whole, downstream),
-        ("general", "General ability", "mean general score", False, general),
+        (f"Downstream: {', '.join(tasks)}", "downstream score", whole, downstream),
+        ("General ability", "mean general score", False, general),
     )
     return [
         [
             {
-                "name": f"{name}-{axis}",
                 "title": title,
                 "x": {"label": AXES[axis], "percent": False, "flip": False},
                 "y": {"label": label, "percent": percent, "flip": False},
@@ -151,7 +148,7 @@ def curve_charts(document: Document) -> list[list[dict[str, Any]]]:
                     if row["role"] in ("pre", "ft") and value(row)[0] is not None
                 ],
             }
-            for name, title, label, percent, value in panels
+            for title, label, percent, value in panels
         ]
         for axis in swept
     ]
@@ -228,7 +225,6 @@ def _point(document: Document, index: int, group: int | None, x: list[Any], y: l
         "pareto": bool(row["pareto"]),
         "x": x,
         "y": y,
-        "tip": tip(document, row),
     }
 
 

@@ -22,7 +22,7 @@ class Folder:
     """
 
     def __init__(self, path: Path) -> None:
-        from surgery.diff.plot import check_matplotlib
+        from surgery.pictures import check_matplotlib
 
         check_matplotlib("--report")
         self.path = expanded(path)

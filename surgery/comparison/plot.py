@@ -1,26 +1,22 @@
-"""Pictures of `surgery compare` and `surgery sweep` as files: they can be read where they are printed 80 mm wide.
+"""Pictures of `surgery compare` and `surgery sweep`, as files and on the HTML page; legible where they are printed 80 mm wide.
 
-Each draws a chart of `surgery.comparison.charts`, as the HTML page does, in the colours of Okabe and Ito.
+`surgery.comparison.charts` says what a picture shows. A point and a bar have the id "row-N", after which the page finds them.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.comparison.charts import bars, curve_charts, pareto_chart, series
 from surgery.comparison.text import score
-from surgery.diff.plot import drawable, render
+from surgery.pictures import INK, LIGHT, LINE, MUTED, PAPER, SERIES, drawable, render, without_glyph_warnings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v")
-ENDS = {"pre": "#8a9099", "ft": "#3d434c"}
-INK, MUTED, GRID = "#1b1e23", "#5c636d", "#e2e3e1"
 # Inches: twice 80 mm, so that what has 11 points here has 5.5 on paper.
 WIDTH = 6.3
 TEXT, SMALL = 11, 9.5
@@ -48,12 +44,16 @@ def plots(document: dict[str, Any]) -> dict[str, bytes]:
     return {f"{name}.{kind}": render(figure, kind) for name, figure in figures.items() for kind in ("svg", "png")}
 
 
-def pareto(document: dict[str, Any]) -> Figure:
-    """Retention against forgetting, up and to the right better; a line per method, and steps along the Pareto front."""
+def pareto(document: dict[str, Any], width: float = WIDTH) -> Figure:
+    """Retention against forgetting: up and to the right is better. A line joins a method's rows, dashed steps the Pareto front.
+
+    Args:
+        width: in inches.
+    """
     from matplotlib.figure import Figure
 
     chart, groups = pareto_chart(document), series(document)
-    figure = Figure((WIDTH, 5.6), layout="constrained")
+    figure = Figure((width, 5.6), layout="constrained")
     axes = figure.subplots()
     _frame(axes, chart)
     if len(chart["front"]) > 1:
@@ -68,8 +68,7 @@ def pareto(document: dict[str, Any]) -> Figure:
         axes.text(0.5, 0.5, "no row has finite numbers", transform=axes.transAxes, ha="center", color=MUTED)
     _legend(axes, chart, [group.name if len(group.rows) > 1 or len(points) > CROWD else "" for group in groups], -0.1)
     axes.margins(0.09)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # as `render` does
+    with without_glyph_warnings():
         figure.draw_without_rendering()  # fixes where the axes are, so that labels can be placed in points
     figure.set_layout_engine("none")
     _name_points(axes, points)
@@ -106,15 +105,20 @@ def curves(document: dict[str, Any]) -> Figure:
     return figure
 
 
-def skills(document: dict[str, Any]) -> Figure:
-    """A panel of bars per measure, each on its own scale, with 95% intervals; at most 8 rows, the same in each."""
+def skills(document: dict[str, Any], most: int = MOST, width: float = WIDTH) -> Figure:
+    """A panel of bars for each measure, on its own scale, with 95% intervals.
+
+    Args:
+        most: rows in a panel; all panels have the same ones.
+        width: in inches.
+    """
     from matplotlib.figure import Figure
 
-    groups = bars(document, MOST)
+    groups = bars(document, most)
     columns = min(len(groups), 2)
     lines = -(-len(groups) // columns)
     held = len(groups[0]["bars"])
-    figure = Figure((WIDTH, lines * (0.27 * held + 0.75)), layout="constrained")
+    figure = Figure((width, lines * (0.27 * held + 0.75)), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(groups) :]:
         axes.set_axis_off()
@@ -129,7 +133,9 @@ def _bars(axes: Axes, group: dict[str, Any]) -> None:
     for place, bar in enumerate(group["bars"]):
         if bar["value"] is None:
             continue
-        axes.barh(place, min(bar["value"], limit), 0.72, color=_colour(bar["series"], bar["role"]))
+        axes.barh(
+            place, min(bar["value"], limit), 0.72, color=_colour(bar["series"], bar["role"]), gid=f"row-{bar['row']}"
+        )
         if bar["low"] is not None and bar["high"] is not None:
             axes.plot([min(bar["low"], limit), min(bar["high"], limit)], [place, place], color=INK, lw=1.1)
         axes.text(limit * 1.04, place, score(group["kind"], bar["value"]), va="center", fontsize=SMALL, color=INK)
@@ -151,7 +157,7 @@ def _frame(axes: Axes, chart: dict[str, Any]) -> None:
     axes.set_xlabel(chart["x"]["label"], fontsize=TEXT)
     axes.set_ylabel(chart["y"]["label"], fontsize=TEXT)
     axes.tick_params(labelsize=SMALL, colors=MUTED, length=0)
-    axes.grid(color=GRID, lw=0.7)
+    axes.grid(color=LINE, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
@@ -172,7 +178,7 @@ def _lines(axes: Axes, chart: dict[str, Any]) -> None:
 
 def _levels(axes: Axes, chart: dict[str, Any]) -> None:
     for level in chart["levels"]:
-        axes.axhline(level["y"], color=ENDS[level["name"]], ls=":", lw=1.4)
+        axes.axhline(level["y"], color=LIGHT[level["name"]], ls=":", lw=1.4)
         axes.annotate(
             level["name"],
             (1, level["y"]),
@@ -191,7 +197,7 @@ def _point(axes: Axes, point: dict[str, Any], *, whiskers: bool) -> None:
         axes.plot([left, right], [y, y], color=colour, alpha=0.45, lw=1)
     if whiskers and None not in (low, high):
         axes.plot([x, x], [low, high], color=colour, alpha=0.45, lw=1)
-    edge = INK if point["pareto"] else "white"
+    edge = INK if point["pareto"] else PAPER
     marker = MARKERS[0 if point["series"] is None else point["series"] % len(MARKERS)]
     front = 3.0 if point["role"] == "other" else 3.5
     axes.plot(x, y, marker, color=colour, ms=7, mec=edge, mew=1, zorder=front, gid=f"row-{point['row']}")
@@ -204,8 +210,8 @@ def _legend(axes: Axes, chart: dict[str, Any], names: Sequence[str], drop: float
     here = sorted({point["series"] for point in chart["points"] if point["series"] is not None})
     keys = []
     for index in filter(names.__getitem__, here):
-        style = {"marker": MARKERS[index % len(MARKERS)], "color": COLOURS[index % len(COLOURS)]}
-        keys.append(Line2D([], [], ls="", label=drawable(names[index], 40), **style))  # type: ignore[arg-type]
+        style = {"marker": MARKERS[index % len(MARKERS)], "color": SERIES[index % len(SERIES)]}
+        keys.append(Line2D([], [], ls="", label=drawable(names[index], 40), **style))
     if keys:
         axes.legend(
             handles=keys,
@@ -220,7 +226,7 @@ def _legend(axes: Axes, chart: dict[str, Any], names: Sequence[str], drop: float
 
 
 def _colour(group: int | None, role: str) -> str:
-    return ENDS[role] if group is None else COLOURS[group % len(COLOURS)]
+    return LIGHT[role] if group is None else SERIES[group % len(SERIES)]
 
 
 def _name_points(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
@@ -256,7 +262,7 @@ def _name_points(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
                     if far
                     else None,
                     zorder=4,
-                    bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.5, "lw": 0},
+                    bbox={"facecolor": PAPER, "alpha": 0.75, "pad": 0.5, "lw": 0},
                 )
                 break
 

@@ -1,14 +1,8 @@
-"""Pictures of `surgery diff`: the heat map of layers and modules, and the four panels of one tensor.
-
-They are drawn without a display, in memory; the same numbers give the same SVG.
-"""
+"""Pictures of `surgery diff`: the heat map of layers and modules, and the four panels of one tensor."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +12,7 @@ from numpy.typing import NDArray
 
 from surgery.errors import OptionError
 from surgery.layout import CATEGORIES, module, place
+from surgery.pictures import HEAT, drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,32 +21,12 @@ if TYPE_CHECKING:
 
     from surgery.diff.panels import Panels
 
-ENDINGS = (".png", ".svg")
-COLOURS, MISSING = "viridis", "#d0d0d0"
+MISSING = "#d0d0d0"
 TITLES = {"weight": "|W_pre|", "delta": "|Δ|", "ratio": "|Δ| / |W_pre|", "score": "FAPM score"}
 # Colours on a logarithmic scale where the largest is this many times the median.
 SKEWED = 3.0
 # Inches: the side of a cell, room for the layers' numbers, a letter of a column's name, the tallest grid.
 CELL, LEFT, LETTER, TALLEST = 0.32, 0.75, 0.062, 11.0
-# Characters of a name.
-LONGEST = 60
-
-
-def check_matplotlib(option: str = "--plot") -> None:
-    """Raise OptionError unless the pictures that an option asks for can be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(f"{option} needs matplotlib: pip install 'model-surgery[plot]'.")
-
-
-def render(figure: Figure, kind: str) -> bytes:
-    """A figure as a file, "png" or "svg"."""
-    import matplotlib
-
-    content = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "surgery"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
-        figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return content.getvalue()
 
 
 def relative_norms(
@@ -146,12 +121,6 @@ def four_panels(panels: Panels, name: str) -> Figure:
     return figure
 
 
-def drawable(name: str, longest: int = LONGEST) -> str:
-    """A name may hold anything: formulas for matplotlib, control characters, a page of text."""
-    shown = "".join(mark if mark.isprintable() else "?" for mark in name)
-    return (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
-
-
 def _together(lines: Sequence[dict[str, Any]]) -> float | None:
     """‖Δ‖/‖W‖ of several tensors' entries."""
     if any(line["delta_norm"] is None or line["weight_norm"] is None for line in lines):
@@ -194,7 +163,7 @@ def _draw(axes: Axes, values: NDArray[np.float64], scale: Normalize, **options: 
 
     if isinstance(scale, LogNorm):  # what did not move has the lowest colour, not that of what is missing
         values = np.maximum(values, scale.vmin or 0.0)
-    colours = colormaps[COLOURS].with_extremes(bad=MISSING)
+    colours = colormaps[HEAT].with_extremes(bad=MISSING)
     return axes.imshow(values, colours, scale, aspect="auto", interpolation="nearest", **options)
 
 

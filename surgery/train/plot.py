@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgery.diff.plot import COLOURS, drawable
+from surgery.pictures import HEAT, drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def heat_map(document: dict[str, Any]) -> Figure:
     width = figure.get_figwidth()
     axes = figure.add_axes((LEFT / width, BELOW / height, WIDE * (count + 2) / width, TALL * count / height))
     low, high = float(scores.min()), float(scores.max())
-    colours = colormaps[COLOURS]
+    colours = colormaps[HEAT]
     axes.imshow(scores, colours, vmin=low, vmax=high if high > low else low + 1, aspect="auto", interpolation="nearest")
     for (row, column), score in np.ndenumerate(scores):
         dark = score < (low + high) / 2

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 
 from surgery.comparison.plot import LONGEST, MOST, curves, pareto, plots, skills
+from surgery.pictures import PAPER
 
 
 def points(axes: Axes) -> dict[int, Line2D]:
@@ -54,7 +55,7 @@ def test_every_row_is_at_its_retention_and_forgetting(document: dict[str, Any]) 
     assert axes.yaxis_inverted()
     assert not axes.xaxis_inverted()
     optimal = {index for index, row in enumerate(document["rows"]) if row["pareto"]}
-    assert {index for index, mark in marks.items() if mark.get_markeredgecolor() != "white"} == optimal
+    assert {index for index, mark in marks.items() if mark.get_markeredgecolor() != PAPER} == optimal
     (front,) = (line for line in axes.lines if line.get_gid() == "front")
     assert at(front) == sorted(
         (document["rows"][index]["retention"], document["rows"][index]["forgetting"]) for index in optimal

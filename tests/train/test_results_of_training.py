@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from surgery.__main__ import main
 from surgery.checkpoint.checksum import Checksum
-from surgery.diff.plot import render
+from surgery.pictures import render
 from surgery.train.plot import heat_map
 
 

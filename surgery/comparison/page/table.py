@@ -128,7 +128,7 @@ def _line(index: int, row: dict[str, Any], columns: list[Column], best: list[flo
         low = f"<small>{html(ends)}</small>" if ends else ""
         cells.append(f'<td data-value="{value!r}">{shown}{mark}{low}</td>')
     kind = "pareto " if row["pareto"] else ""
-    return f'<tr class="{kind}{row["role"]}" data-row="{index}">{"".join(cells)}</tr>'
+    return f'<tr class="{kind}{row["role"]}" id="row-{index}">{"".join(cells)}</tr>'
 
 
 def _made(row: dict[str, Any]) -> list[str]:

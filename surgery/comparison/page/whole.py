@@ -1,27 +1,38 @@
 """The HTML page of `surgery compare` and `surgery sweep`: one file that opens from disk and asks nothing of a network.
 
-Names, labels and commands come from files and may hold anything. They are escaped as text; the numbers for the pictures stand in
-a block of JSON without a `<`; and a Content-Security-Policy lets nothing run or style the page but its own script and style
-sheet, by their hashes.
+It can be read without JavaScript; the script sorts the table and shows a row's numbers beside its point. Names, labels and
+commands come from files and may hold anything: they are escaped as text, and a Content-Security-Policy lets nothing run or style
+the page but its own script and style sheet, by their hashes.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from functools import cache
 from importlib.resources import files
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgery.comparison.charts import curve_charts, pareto_chart, series
-from surgery.comparison.page.bars import MOST, skills
+from surgery.comparison.charts import curve_charts, pareto_chart, tip
+from surgery.comparison.page.drawing import drawing
 from surgery.comparison.page.table import table
+from surgery.comparison.plot import curves, pareto, skills
 from surgery.comparison.text import html, listed
-from surgery.text import finite, number, share, words
+from surgery.pictures import DARK, LIGHT
+from surgery.text import finite, number, readable, share, words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
+# Inches of a picture, and the most rows of which the bars are shown.
+WIDE, MOST = 9.0, 20
+CAPTIONS = {
+    "pareto": "Forgetting against retention of the task score",
+    "curves": "Downstream and general score against the setting of each method",
+    "skills": "The score of each row on each measure",
+}
 KINDS = {"share": "share, higher is better", "loss": "nats per token, lower is better", "perplexity": "lower is better"}
 
 
@@ -34,12 +45,10 @@ def page(document: dict[str, Any]) -> bytes:
     Returns:
         HTML in UTF-8.
     """
-    curves = curve_charts(document)
-    data = {
-        "series": [{"name": group.name, "rows": group.rows} for group in series(document)],
-        "charts": [pareto_chart(document), *(chart for charts in curves for chart in charts)],
-    }
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = (
+        Template(_asset("page.css")).substitute(light=_colours(LIGHT), dark=_colours(DARK)),
+        _asset("page.js"),
+    )
     ft, pre = _model(document["ft"]), _model(document["pre"])
     title = "Sweep" if document["kind"] == "sweep" else "Comparison"
     text = Template(_asset("page.html")).substitute(
@@ -50,15 +59,15 @@ def page(document: dict[str, Any]) -> bytes:
         pre=pre,
         summary=_summary(document),
         table=table(document),
-        curves="\n".join(f'<div class="pair">{"".join(map(_place, charts))}</div>' for charts in curves),
-        skills=skills(document),
+        pareto=_figure(document, "pareto", pareto(document, WIDE)),
+        curves=_figure(document, "curves", curves(document)) if curve_charts(document) else "",
+        skills=_figure(document, "skills", skills(document, MOST, WIDE)),
         most=_most(document),
         measures=_measures(document),
         commands=_commands(document),
         versions="".join(f"<dt>{html(name)}</dt><dd>{html(held)}</dd>" for name, held in document["versions"].items()),
         notes=_notes(document),
         seconds=_seconds(document["seconds"]),
-        data=json.dumps(data, allow_nan=False).replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"),
         style=style,
         script=script,
     )
@@ -99,11 +108,31 @@ def _model(side: dict[str, Any]) -> str:
     return html(side["repo"] or side["typed"])
 
 
-def _place(chart: dict[str, Any]) -> str:
+def _figure(document: dict[str, Any], name: str, figure: Figure) -> str:
+    """A picture in its frame, and which rows it lacks."""
+    titles = {
+        index: "\n".join(
+            [
+                f"{readable(row['label'])}{' · Pareto-optimal' if row['pareto'] else ''}",
+                *(f"{what}: {value}" for what, value in tip(document, row)),
+            ]
+        )
+        for index, row in enumerate(document["rows"])
+    }
+    charts = {
+        "pareto": [pareto_chart(document)],
+        "curves": [chart for held in curve_charts(document) for chart in held],
+    }
+    missing = list(dict.fromkeys(html(label) for chart in charts.get(name, []) for label in chart["missing"]))
+    hint = f'<p class="hint">Not drawn, for want of finite numbers: {", ".join(missing)}.</p>' if missing else ""
     return (
-        f'<figure class="chart" data-chart="{html(chart["name"])}"><figcaption>{html(chart["title"])}</figcaption>'
-        '<div class="drawing"></div></figure>'
+        f'<figure class="chart {name}"><div class="drawing">{drawing(figure, name, CAPTIONS[name], titles)}</div>'
+        f"{hint}</figure>"
     )
+
+
+def _colours(palette: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in palette.items())
 
 
 def _most(document: dict[str, Any]) -> str:

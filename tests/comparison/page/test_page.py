@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import re
+from collections import Counter
+from html import unescape
 from html.parser import HTMLParser
 from statistics import fmean
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from helpers import result_documents as samples
 
 from surgery.comparison.charts import chosen, curve_charts, pareto_chart, series
 from surgery.comparison.page import page
+from surgery.comparison.plot import pareto, skills
+from surgery.pictures import DARK, LIGHT, render
 
 
 class Parsed(HTMLParser):
@@ -56,13 +60,60 @@ class Parsed(HTMLParser):
 
 
 def blocks(content: bytes) -> dict[str, str]:
-    """The text of the style, the data and the script."""
+    """The text of the style and the script."""
     text = content.decode()
-    data = r'<script type="application/json" id="data">(?P<data>.*?)</script>'
-    pattern = rf"<style>(?P<style>.*?)</style>.*{data}\s*<script>(?P<script>.*?)</script>"
+    pattern = r"<style>(?P<style>.*?)</style>.*<script>(?P<script>.*?)</script>"
     found = re.search(pattern, text, re.DOTALL)
     assert found
     return found.groupdict()
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawings(content: bytes) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", content.decode(), re.DOTALL)
+
+
+def titles(content: bytes) -> dict[str, str]:
+    """What is said of each row beside its points and bars."""
+    found = re.findall(r'href="(#row-\d+)"[^>]*><title>(.*?)</title>', content.decode(), re.DOTALL)
+    assert len({row for row, _ in found}) == len(set(found)), "the same of each of its points"
+    return {row: unescape(text) for row, text in found}
+
+
+def test_every_point_and_bar_links_to_its_row_and_says_its_numbers_without_a_script() -> None:
+    document = samples.sweep()
+    content = page(document)
+    pareto, curves, bars = drawings(content)
+    rows = document["rows"]
+    assert sorted(map(int, re.findall(r'href="#row-(\d+)"', pareto))) == list(range(len(rows)))
+    assert Counter(re.findall(r'href="#row-(\d+)"', curves)) == {str(index): 2 for index in range(2, len(rows))}
+    assert len(re.findall(r'href="#row-(\d+)"', bars)) == 20 * len(document["measures"])
+    said = titles(content)
+    for index, row in enumerate(rows):
+        first, *lines = said[f"#row-{index}"].splitlines()
+        assert first.removesuffix(" · Pareto-optimal") == row["label"]
+        assert first.endswith("optimal") == row["pareto"]
+        assert f"retention: {100 * row['retention']:.1f}%" in lines
+        assert any(line.startswith(f"GSM8K: {100 * row['scores']['GSM8K']['value']:.1f}%") for line in lines)
+
+
+def test_the_page_shows_what_the_plots_draw_in_its_own_colours() -> None:
+    document = samples.comparison()
+    content = page(document)
+    names = {f"var(--{name})" for name in LIGHT}
+    for text, figure in zip(drawings(content), (pareto(document, 9.0), skills(document, 20, 9.0)), strict=True):
+        drawn = ElementTree.fromstring(render(figure, "svg"))
+        expected = {" ".join(path.attrib.get("d", "").split()) for path in drawn.iter(f"{SVG}path")}
+        shown = set(re.findall(r'<path [^>]*\bd="([^"]*)"', text))
+        assert len(shown) > 20
+        frames = {path for path in shown if path.count(" L ") == 4 and path.endswith("z")}  # unseen, around an axes
+        assert shown - frames <= expected
+        colours = set(re.findall(r' (?:fill|stroke)="([^"]*)"', text))
+        assert colours - {"none"} <= names
+    for name, colour in (*LIGHT.items(), *DARK.items()):
+        assert f"--{name}: {colour};" in content.decode()
 
 
 def number(text: str) -> float:
@@ -104,7 +155,7 @@ def test_the_best_of_the_checkpoints_are_bold_and_pre_and_ft_never() -> None:
         value = choose(row["scores"][name]["value"] for row in others(document))
         best |= {(row["label"], name) for row in others(document) if row["scores"][name]["value"] == value}
     marked = set()
-    for line in re.findall(r"<tr class=\"[^\"]*\" data-row.*?</tr>", page(document).decode()):
+    for line in re.findall(r"<tr class=\"[^\"]*\" id=\"row-.*?</tr>", page(document).decode()):
         (label,) = re.findall(r"data-value=\"([^\"]*)\"><span", line)
         cells = zip(("GSM8K", "Retention", "WikiText-2", "BLiMP"), re.findall(r"<td.*?</td>", line), strict=False)
         marked |= {(label, name) for name, cell in cells if "<b " in cell and name != "Retention"}
@@ -161,10 +212,18 @@ def test_nothing_is_asked_of_a_network_and_only_its_own_script_may_run() -> None
             "video",
         }
         names = {name for _, attributes in parsed.found for name in attributes}
-        assert not {name for name in names if name.startswith("on") or name in ("src", "href", "style")}
+        assert not {name for name in names if name.startswith("on") or name in ("src", "style")}
+        ids = [attributes["id"] for _, attributes in parsed.found if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        for _, attributes in parsed.found:
+            for value in attributes.values():
+                link = re.search(r"url\(#([^)]*)\)", value or "")
+                assert link is None or link[1] in ids
+            href = attributes.get("href")
+            assert href is None or (href[0] == "#" and href[1:] in ids)
         assert "@import" not in held["style"]
         assert "url(" not in held["style"]
-        assert set(re.findall(r"\w+://\S*", held["script"] + held["style"])) == {'http://www.w3.org/2000/svg";'}
+        assert not re.findall(r"\w+://\S*", held["script"] + held["style"])
 
 
 def test_hostile_names_stay_text() -> None:
@@ -172,11 +231,10 @@ def test_hostile_names_stay_text() -> None:
     content = page(document)
     plain, parsed = Parsed(page(samples.sweep())), Parsed(content)
     assert {tag for tag, _ in parsed.found} == {tag for tag, _ in plain.found}
-    assert sum(tag == "script" for tag, _ in parsed.found) == 2
-    data = json.loads(blocks(content)["data"])
-    labels = {point["label"] for point in data["charts"][0]["points"]}
-    assert samples.HOSTILE[0] + "0" in labels
-    assert not re.search(r"[<>&\u2028\u202e\x1b]", blocks(content)["data"])
+    assert sum(tag == "script" for tag, _ in parsed.found) == 1
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]", content.decode())
+    shown = {line.removesuffix(" · Pareto-optimal") for text in titles(content).values() for line in text.splitlines()}
+    assert samples.HOSTILE[0] + "0" in shown
     assert content.decode().count("window.hacked=1</script>") == 0
     assert samples.HOSTILE[5] in "".join(text for where, text in parsed.texts if where == "li")
 
@@ -196,11 +254,13 @@ def test_what_is_not_finite_is_left_out_and_said() -> None:
         broken[key] = None if key != "average" else math.nan
     broken["scores"]["GSM8K"] = {"value": math.inf, "low": None, "high": None, "p": math.nan}
     content = page(document)
-    assert not re.search(r"\b(nan|inf|Infinity|None|NaN)\b", blocks(content)["data"])
-    data = json.loads(blocks(content)["data"])
-    for chart in data["charts"][:3]:
-        assert chart["missing"] == [broken["label"]]
-        assert 5 not in {point["row"] for point in chart["points"]}
+    for text in (*titles(content).values(), *drawings(content)):
+        assert not re.search(r"\b(nan|inf|Infinity|None|NaN)\b", text)
+    assert content.decode().count(f"for want of finite numbers: {broken['label']}.") == 2
+    for text in drawings(content)[:2]:
+        assert '"row-4"' not in text
+        assert 'href="#row-4"' in text
+        assert 'href="#row-5"' not in text
     cells = Parsed(content).rows[6]
     assert [text for _, text in cells].count("–") >= 4
 

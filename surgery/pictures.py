@@ -1,0 +1,92 @@
+"""What every plot shares: its colours, how names are shortened, and how a figure becomes a file.
+
+Pictures are drawn by matplotlib in memory, without a display; the same numbers give the same SVG.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Kinds of files that a figure is written as.
+ENDINGS = (".png", ".svg", ".pdf")
+# Colours by name, on white and on a dark ground. c0, c1, … are those of Okabe and Ito, which the colour-blind can tell apart.
+LIGHT = {
+    "paper": "#ffffff",
+    "ink": "#1b1e23",
+    "muted": "#5c636d",
+    "line": "#e2e3e1",
+    "pre": "#8a9099",
+    "ft": "#3d434c",
+    "c0": "#0072b2",
+    "c1": "#d55e00",
+    "c2": "#009e73",
+    "c3": "#cc79a7",
+    "c4": "#e69f00",
+    "c5": "#56b4e9",
+}
+DARK = {
+    "paper": "#121418",
+    "ink": "#e9eaec",
+    "muted": "#a0a7b1",
+    "line": "#2e333b",
+    "pre": "#7b828c",
+    "ft": "#c9ced6",
+    "c0": "#3d9be0",
+    "c1": "#f08a3c",
+    "c2": "#2bbf93",
+    "c3": "#dd93bb",
+    "c4": "#f0b429",
+    "c5": "#7cc7f2",
+}
+PAPER, INK, MUTED, LINE = (LIGHT[name] for name in ("paper", "ink", "muted", "line"))
+SERIES = tuple(colour for name, colour in LIGHT.items() if name.startswith("c"))
+HEAT = "viridis"  # matplotlib's name for the colours of a heat map
+LONGEST = 60  # characters of a name
+
+
+def check_matplotlib(option: str = "--plot") -> None:
+    """Raise OptionError unless the pictures that an option asks for can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError(f"{option} needs matplotlib: pip install 'model-surgery[plot]'.")
+
+
+def render(figure: Figure, kind: str, *, embedded: bool = False) -> bytes:
+    """A figure as a file.
+
+    Args:
+        kind: "png", "svg" or "pdf".
+        embedded: as part of a page, which has its own ground, and a font for the text.
+    """
+    import matplotlib
+
+    content = io.BytesIO()
+    dates = {"svg": "Date", "pdf": "CreationDate"}  # left out: the same figure gives the same file
+    settings: Any = {"svg.hashsalt": "surgery", "svg.fonttype": "none" if embedded else "path"}
+    with matplotlib.rc_context(settings), without_glyph_warnings():
+        metadata = {dates[kind]: None} if kind in dates else None
+        figure.savefig(content, format=kind, dpi=150, metadata=metadata, transparent=embedded)
+    return content.getvalue()
+
+
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """A context in which a letter that the font lacks is drawn as a box, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        yield
+
+
+def drawable(name: str, longest: int = LONGEST) -> str:
+    """A name without what matplotlib takes for a formula, without control characters, and not too long."""
+    shown = "".join(mark if mark.isprintable() else "?" for mark in name)
+    return (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
