@@ -26,6 +26,7 @@ NAME = "=1+1\x1b]0;x\x07\x9b31m\u202eb\u2066\nINJECTED\U000e0041\x7f"
 FT = f"ft{NAME}"
 TENSOR = f"{NAME}.weight"
 PAIR = ("--pre", "pre", "--ft", FT)
+PLAIN = ("--pre", "plain-pre", "--ft", f"plain{NAME}")
 SCORES = ("--task", f"{NAME}.txt", "--general", f"{NAME}.txt", "--limit", "2", "--seq-len", "32", "--device", "cpu")
 TRAIN = ("--model", f"lm{NAME}", "--data", f"{NAME}.jsonl", "--max-steps", "1", "--batch-size", "2")
 # Of each command, the lines that are called, in this order; and the code, where it is not 0.
@@ -37,27 +38,12 @@ LINES: dict[str, list[tuple[str, ...]]] = {
     "hma": [(*PAIR, "--ratios", "0.3,0.1", "--out", f"hma{NAME}")],
     "ties": [(*PAIR, "--ft", "ft2", "--out", f"ties{NAME}")],
     "dare": [(*PAIR, "--ft", "ft2", "--out", f"dare{NAME}")],
-    "wanda": [
-        (
-            "--pre",
-            "plain-pre",
-            "--ft",
-            f"plain{NAME}",
-            "--calibration",
-            f"{NAME}.txt",
-            "--samples",
-            "2",
-            "--seq-len",
-            "16",
-            "--out",
-            f"wanda{NAME}",
-        )
-    ],
+    "wanda": [(*PLAIN, "--calibration", f"{NAME}.txt", "--samples", "2", "--seq-len", "16", "--out", f"wanda{NAME}")],
     "extract": [(*PAIR, "--method", "fapm", "--out", f"delta{NAME}.safetensors")],
     "apply": [("--pre", "pre", "--delta", f"delta{NAME}.safetensors", "--out", f"applied{NAME}")],
     "verify": [(f"fapm{NAME}",), (f"fapm{NAME}", *PAIR)],
-    "compare": [("--pre", "plain-pre", "--ft", f"plain{NAME}", *SCORES, "--report", f"report{NAME}")],
-    "sweep": [("--pre", "plain-pre", "--ft", f"plain{NAME}", *SCORES, "--sparsity", "0.5", "--method", "fapm")],
+    "compare": [(*PLAIN, *SCORES, "--report", f"report{NAME}")],
+    "sweep": [(*PLAIN, *SCORES, "--sparsity", "0.5", "--method", "fapm")],
     "demo": [("--out", FT)],
     "train": [(*TRAIN, "--out", f"trained{NAME}")],
 }
