@@ -1,4 +1,4 @@
-"""What the user sees: progress bars on a terminal, and tables that read well at 80 columns and without colour."""
+"""Terminal output that all commands share: progress bars, and tables that fit 80 columns and need no colour."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rich.text import Text
 
 from surgery.text import dumps, readable
 
-# Parts of a cell, eighth by eighth, and what stands for each character where the terminal has ASCII only.
+# A cell of a bar filled by 0/8 to 8/8; and replacements for terminals that have ASCII only.
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 PLAIN = str.maketrans(
     {"‖": "|", "Δ": "d", "–": "-", "−": "-", "█": "#", "≤": "<=", "∞": "inf", "±": "+-", "≈": "~", "◆": ">", "…": "."}
@@ -36,9 +36,9 @@ PLAIN = str.maketrans(
 
 
 class Terminal(Console):
-    """A rich console through which no text from a file can command the terminal: cells and lines are made `readable`.
+    """A rich console that makes all text `readable`, so that no name from a file can command the terminal.
 
-    Text is printed as it is, without markup, emoji or highlighting. A line break in it is escaped too: print line by line.
+    It interprets no markup and no emoji. A line break is escaped too: print each line by itself.
 
     Raises:
         BrokenPipeError: whoever reads the output went away.
@@ -56,19 +56,19 @@ class Terminal(Console):
 
 
 def new_console() -> Terminal:
-    """Standard output: 80 columns wide where it is no terminal."""
+    """Return a console on standard output, 80 columns wide if that is not a terminal."""
     return Terminal(width=None if os.isatty(1) else 80)
 
 
 def say(*sentences: str) -> None:
-    """Print lines, each as long as it is."""
+    """Print lines without wrapping them."""
     console = new_console()
     for sentence in sentences:
         console.print(sentence, soft_wrap=True)
 
 
 def show_json(document: Any) -> None:
-    """Print a document as JSON, to be read by a program."""
+    """Print a document as JSON, for programs."""
     content = dumps(document)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.buffer.write(content)  # in UTF-8 whatever the terminal's encoding
@@ -78,13 +78,13 @@ def show_json(document: Any) -> None:
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:
-    """Print what the user should know."""
+    """Print notes for the user."""
     for note in notes:
         console.print(f"Note: {note}")
 
 
 def new_table(first: str, *others: str) -> Table:
-    """An empty table: names on the left, numbers on the right. A column without a title, or called "Action", holds words."""
+    """Return an empty table. Columns are aligned right, except the first, "Action" and those without a title."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold")
     table.add_column(first, no_wrap=True)
     for name in others:
@@ -93,7 +93,7 @@ def new_table(first: str, *others: str) -> Table:
 
 
 def meter(value: float, largest: float, width: int) -> str:
-    """A bar of up to `width` characters, full for the largest value."""
+    """Return a bar of at most `width` characters, full for the largest value."""
     full, rest = divmod(round(value / largest * width * 8) if largest else 0, 8)
     return "█" * full + (EIGHTHS[rest] if rest else "")
 
@@ -110,11 +110,11 @@ class Words(ProgressColumn):
 
 
 def new_progress(*columns: ProgressColumn, silent: bool = False) -> Progress:
-    """A bar on standard error that disappears when it is done; nothing at all where that is no terminal.
+    """Return a progress bar on standard error, which disappears when it is done; invisible if that is not a terminal.
 
     Args:
-        columns: between the bar and the time that is left; by default how many steps of how many are done.
-        silent: show nothing on a terminal either.
+        columns: shown between the bar and the remaining time; by default the number of finished steps.
+        silent: invisible on a terminal too.
     """
     shown = (
         Words("description"),
@@ -128,7 +128,7 @@ def new_progress(*columns: ProgressColumn, silent: bool = False) -> Progress:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes, with their speed."""
+    """Show a progress bar of bytes. Yields the function to call with the number of bytes read since the last call."""
     with new_progress(DownloadColumn(), TransferSpeedColumn()) as bar:
         task = bar.add_task("", total=total)
         yield lambda nbytes: bar.update(task, advance=nbytes)
@@ -136,7 +136,7 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def calibrating() -> Iterator[Callable[[int, int], None]]:
-    """A bar of the blocks of a model that are done."""
+    """Show a progress bar of a model's blocks. Yields the function to call with how many are done, of how many."""
     with new_progress() as bar:
         task = bar.add_task("Calibrating", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""What every plot shares: its colours, how names are shortened, and how a figure becomes a file.
+"""Shared by all plots: colours, shortened names, and figures as files.
 
 Pictures are drawn by matplotlib in memory, without a display; the same numbers give the same SVG.
 """
@@ -17,7 +17,7 @@ from surgery.errors import OptionError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Kinds of files that a figure is written as.
+# Endings of the files that a figure can be written to.
 ENDINGS = (".png", ".svg", ".pdf")
 # Colours by name, on white and on a dark ground. c0, c1, … are those of Okabe and Ito, which the colour-blind can tell apart.
 LIGHT = {
@@ -61,11 +61,11 @@ def check_matplotlib(option: str = "--plot") -> None:
 
 
 def render(figure: Figure, kind: str, *, embedded: bool = False) -> bytes:
-    """A figure as a file.
+    """Return a figure as the content of a file.
 
     Args:
         kind: "png", "svg" or "pdf".
-        embedded: as part of a page, which has its own ground, and a font for the text.
+        embedded: for a page, which has its own background and font.
     """
     import matplotlib
 
@@ -80,13 +80,13 @@ def render(figure: Figure, kind: str, *, embedded: bool = False) -> bytes:
 
 @contextmanager
 def without_glyph_warnings() -> Iterator[None]:
-    """A context in which a letter that the font lacks is drawn as a box, without a warning."""
+    """Suppress the warning about letters that the font lacks; they are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
         yield
 
 
 def drawable(name: str, longest: int = LONGEST) -> str:
-    """A name without what matplotlib takes for a formula, without control characters, and not too long."""
+    """Shorten a name, and remove control characters and what matplotlib would take for a formula."""
     shown = "".join(mark if mark.isprintable() else "?" for mark in name)
     return (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")

@@ -1,8 +1,8 @@
-"""Names and numbers as text: for a terminal, for JSON, for CSV. The one place that makes harmless what others wrote.
+"""Turn names and numbers into text for terminals, JSON and CSV, and make harmless what others wrote.
 
-A tensor's name, a path, a note or an error of a library may hold anything: commands to the terminal (ESC, C1), marks that turn
-the direction of writing, line breaks, formulas for a spreadsheet. All that is printed goes through `readable`, in
-`surgery.display` and `surgery.__main__`; all JSON through `dumps`; all CSV through `csv_lines`.
+The name of a tensor, a path, a note or a library's error may hold anything: commands to the terminal (ESC, C1), characters that
+change the direction of writing, line breaks, formulas for a spreadsheet. Everything printed goes through `readable`, called by
+`surgery.display` and `surgery.__main__`; all JSON goes through `dumps`, and all CSV through `csv_lines`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _UNUSUAL = re.compile(r"[^ -~\n]")
 
 
 def readable(text: str) -> str:
-    """Text in one line of printable characters; every other character is escaped as in a Python string."""
+    """Escape every character that is not printable, line breaks among them, as in a Python string."""
     return text if text.isprintable() else "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
 
 
 def words(command: Sequence[str]) -> str:
-    """A command as a shell reads it. Its line breaks are kept, so that it can be pasted."""
+    """Quote a command for a shell. Line breaks are kept, so that it can be pasted; other unprintable characters are escaped."""
     return "\n".join(map(readable, shlex.join(command).split("\n")))
 
 
 def dumps(document: Any) -> bytes:
-    r"""JSON in UTF-8, the same on standard output and in a file; characters that are not printable stand as \uXXXX.
+    r"""Return a document as JSON in UTF-8, for standard output and for files; unprintable characters are written as \uXXXX.
 
     Raises:
         ValueError: a number is not finite.
@@ -44,7 +44,7 @@ def dumps(document: Any) -> bytes:
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> bytes:
-    """CSV in UTF-8. None is an empty field; text is readable, and has a ' before it where it could be a formula."""
+    """Return rows as CSV in UTF-8. None is an empty field; text is `readable`, and gets a leading ' if it could be a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([_cell(value) for value in row] for row in rows)
@@ -52,24 +52,24 @@ def csv_lines(rows: Iterable[Iterable[Any]]) -> bytes:
 
 
 def label(category: str) -> str:
-    """A category of tensors as people write it."""
+    """Return the name of a category of tensors as people write it."""
     return LABELS.get(category, category)
 
 
 def finite(value: Any) -> float | None:
-    """A number of a document, or None where it holds none that is finite."""
+    """Return the value as a float if it is a finite number, else None."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if number else None
 
 
 def share(value: Any, digits: int = 1) -> str:
-    """0.987 as "98.7%"."""
+    """Format 0.987 as "98.7%"."""
     found = finite(value)
     return MISSING if found is None else _minus(f"{100 * found:.{digits}f}%")
 
 
 def number(value: Any) -> str:
-    """Three decimals for small numbers, three significant digits and more for others."""
+    """Format a number with three decimals if it is small, and fewer if it is large."""
     found = finite(value)
     if found is None:
         return MISSING
@@ -79,13 +79,13 @@ def number(value: Any) -> str:
 
 
 def fixed(value: Any, digits: int = 4) -> str:
-    """A number with so many decimals."""
+    """Format a number with a fixed count of decimals."""
     found = finite(value)
     return MISSING if found is None else f"{found:.{digits}f}"
 
 
 def brief(value: Any) -> str:
-    """A number of any size from zero on, with three digits in at most seven characters."""
+    """Format a number of any size, zero or above, with three digits in at most seven characters."""
     found = finite(value)
     if found is None:
         return MISSING
@@ -95,7 +95,7 @@ def brief(value: Any) -> str:
 
 
 def count(value: int | None) -> str:
-    """A number of entries in a few characters: 12.3M."""
+    """Format 12345678 as "12.3M"."""
     if value is None:
         return MISSING
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
@@ -105,7 +105,7 @@ def count(value: int | None) -> str:
 
 
 def size(value: int) -> str:
-    """1234567 as "1.2 MB"."""
+    """Format 1234567 bytes as "1.2 MB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if value >= size:
             return f"{value / size:.1f} {unit}"

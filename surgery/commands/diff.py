@@ -34,7 +34,7 @@ def _diff(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw to FILE.png or FILE.svg: the heat map of layers and modules, or with --tensor the four panels |W|, |Δ|, "
+            help="Draw to FILE.png, .svg or .pdf: the heat map of layers and modules, or with --tensor the four panels |W|, |Δ|, "
             "|Δ| / |W| and FAPM's score. Needs matplotlib.",
             show_default=False,
         ),

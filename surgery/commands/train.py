@@ -210,7 +210,7 @@ def _train(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="With several --data: draw the tasks' scores after each round to FILE.png or FILE.svg. Needs matplotlib.",
+            help="With several --data: draw the tasks' scores after each round to FILE.png, .svg or .pdf. Needs matplotlib.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),

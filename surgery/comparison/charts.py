@@ -1,4 +1,4 @@
-"""What the pictures of a comparison show, as plain data, which `surgery.comparison.plot` draws.
+"""Compute the data of a comparison's pictures, which `surgery.comparison.plot` draws.
 
 A chart is a dict that JSON can hold:
 
@@ -25,26 +25,26 @@ from surgery.text import finite, number, readable, share
 
 Document = dict[str, Any]
 Row = dict[str, Any]
-# The parameters that a sweep goes through, as an axis is called.
+# Parameter that a sweep varies -> label of its axis.
 AXES = {
     "sparsity": "sparsity",
     "drop_rate": "drop rate",
     "ratios": "mean ratio (weight of pre)",
     "ratio": "ratio (share of matrices reset)",
 }
-# A bar is cut at this many times the median where lower is better: a broken model's perplexity has no end.
+# Where lower is better, bars are cut at this many times the median: the perplexity of a broken model has no bound.
 CUT = 3.0
 
 
 @dataclass(frozen=True)
 class Series:
-    """The rows of one method whose parameters differ only along an axis and in the seed; one row where there is none.
+    """Rows of one method whose parameters differ only along one axis and in the seed, or a single row without an axis.
 
     Attributes:
-        name: the method, with what tells it from another series of it; the row's label where it is alone.
+        name: the method, with the parameters that distinguish it from its other series; for a single row, its label.
         axis: a key of AXES, or None.
-        rows: indices into the document's rows, by the value on the axis.
-        at: that value of each row; of several ratios, their mean.
+        rows: indices into the document's rows, sorted by the value on the axis.
+        at: that value of each row; the mean of several ratios.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Series:
 
     @property
     def joined(self) -> bool:
-        """A line through the rows says something: no two have the same value on the axis."""
+        """Whether a line may join the rows: there are several, and no two have the same value on the axis."""
         return len(self.rows) > 1 and len(set(self.at)) == len(self.at)
 
 
 def series(document: Document) -> list[Series]:
-    """The rows beside pre and ft, by method, in the order of the document."""
+    """Group all rows except pre and ft by method, in the order of the document."""
     groups: dict[tuple[str, str | None, str], list[tuple[float, int]]] = {}
     for index, row in enumerate(document["rows"]):
         if row["role"] != "other":
@@ -78,7 +78,7 @@ def series(document: Document) -> list[Series]:
 
 
 def pareto_chart(document: Document) -> dict[str, Any]:
-    """Retention of the task score against forgetting; up and to the right is better."""
+    """Return the chart of retention against forgetting, on which up and to the right is better."""
     rows, groups = document["rows"], series(document)
     of = {row: index for index, group in enumerate(groups) for row in group.rows}
     ends = {row for group in groups if group.joined for row in (group.rows[0], group.rows[-1])}
@@ -107,9 +107,9 @@ def pareto_chart(document: Document) -> dict[str, Any]:
 
 
 def curve_charts(document: Document) -> list[list[dict[str, Any]]]:
-    """Of a sweep: per kind of axis, the downstream and the general score against it (FAPM paper, Figures 2 and 5).
+    """Return two charts for each axis of a sweep: the downstream and the general score (FAPM paper, Figures 2 and 5).
 
-    Rows with the same value on the axis (seeds, triples of one mean) are points; the line goes through their means.
+    Rows with the same value on the axis (other seeds, ratios of the same mean) are points; the line joins their means.
     """
     if document["kind"] != "sweep":
         return []
@@ -155,7 +155,7 @@ def curve_charts(document: Document) -> list[list[dict[str, Any]]]:
 
 
 def bars(document: Document, most: int) -> list[dict[str, Any]]:
-    """Per measure, its bars: at most so many rows, the same in each.
+    """Return the bars of each measure, one for each of the same rows, of which there are at most `most`.
 
     Returns:
         {"name", "role", "kind", "higher", "limit": where the scale ends, "bars": [{"row", "label", "role", "series", "value",
@@ -183,7 +183,7 @@ def bars(document: Document, most: int) -> list[dict[str, Any]]:
 
 
 def chosen(document: Document, most: int) -> list[int]:
-    """At most so many rows, in the document's order: pre, ft, the Pareto-optimal ones, then others, evenly taken."""
+    """Choose at most `most` rows, in the document's order: pre, ft, then Pareto-optimal rows, then others, evenly spaced."""
     rows = document["rows"]
     ends = [index for index, row in enumerate(rows) if row["role"] != "other"]
     best = [index for index, row in enumerate(rows) if row["role"] == "other" and row["pareto"]]
@@ -193,7 +193,7 @@ def chosen(document: Document, most: int) -> list[int]:
 
 
 def tip(document: Document, row: Row) -> list[list[str]]:
-    """What is said of a row beside its name: [what, value] in words."""
+    """Return the lines that a tooltip shows of a row below its name: [name of a number, the number as text]."""
     said = []
     for measure in document["measures"]:
         found = row["scores"].get(measure["name"])
@@ -211,7 +211,7 @@ def tip(document: Document, row: Row) -> list[list[str]]:
 
 
 def setting(value: Any) -> str:
-    """A parameter in words."""
+    """Return a parameter as text."""
     return ", ".join(map(setting, value)) if isinstance(value, list) else str(value)
 
 
@@ -250,7 +250,7 @@ def _curves(document: Document, groups: Sequence[Series], axis: str, value: Any)
 
 
 def _settings(row: Row) -> tuple[str | None, float, str]:
-    """The axis of a row's parameters, the value on it, and all that is not the axis or the seed, as JSON."""
+    """Return the axis among a row's parameters, the value on it, and the other parameters without the seed, as JSON."""
     held = dict(row["parameters"] or {})
     held.pop("seed", None)
     for axis in AXES:
@@ -264,7 +264,7 @@ def _settings(row: Row) -> tuple[str | None, float, str]:
 
 
 def _named(method: str, rest: str, others: Iterable[str]) -> str:
-    """The method, with the parameters by which it differs from the other series of it."""
+    """Return the method's name with the parameters in which this series differs from its others."""
     mine, theirs = json.loads(rest), [json.loads(other) for other in others]
     apart = [key for key in mine if any(other.get(key) != mine[key] for other in theirs)]
     return f"{method} ({', '.join(f'{key} {setting(mine[key])}' for key in apart)})" if apart else method
@@ -280,7 +280,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _evenly(items: list[int], count: int) -> list[int]:
-    """So many of the items, the ends among them."""
+    """Return `count` of the items, evenly spaced, both ends among them."""
     if count >= len(items):
         return items
     return [items[round(part * (len(items) - 1) / max(count - 1, 1))] for part in range(max(count, 0))]

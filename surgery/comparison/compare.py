@@ -1,4 +1,4 @@
-"""Models on one table: what each kept of the fine-tuned task, and what it forgot (`surgery compare`).
+"""Compare models: how much of the fine-tuned task each kept, and how much it forgot (`surgery compare`).
 
     retention     mean over the tasks of the model's score as a share of ft's
     average       mean over the general measures
@@ -38,9 +38,9 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model's place in the plane of retention and forgetting, with 95% bootstrap intervals over the items.
+    """The scores of a model in a comparison, with 95% bootstrap intervals over the items.
 
-    None where it is not defined: a share of a score of zero, or a loss that is not finite.
+    A number is None if it is not defined: a share of a score of zero, or a loss that is not finite.
     """
 
     downstream: float | None
@@ -53,11 +53,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plane:
-    """What models are compared with, and on what.
+    """The pair that models are compared with, and the measures.
 
     Args:
         pre, ft: the pair, scored.
-        tasks, general: the measures, each a part of what was scored.
+        tasks, general: the measures of the task and of general ability; every model was scored on them.
     """
 
     pre: Scored
@@ -66,7 +66,7 @@ class Plane:
     general: Sequence[Measure]
 
     def outcome(self, model: Scored) -> Outcome:
-        """Where a model stands."""
+        """Compute retention, forgetting and their intervals for a model."""
         names = [measure.name for measure in self.general]
         downstream = [
             against(measure.kind, model.scores[measure.name].mean, self.ft.scores[measure.name].mean)
@@ -116,17 +116,17 @@ def compare(
     command: Sequence[str] = (),
     observe: Observe = lambda *_: None,
 ) -> dict[str, Any]:
-    """Score models and put them on one table.
+    """Score models and compare them.
 
     Args:
         subjects: pre, ft, and others, with labels that differ.
         tasks, general: as `scoring` makes them.
         command: what the user typed.
-        observe: told of the progress.
+        observe: called with the progress: label, measure, done, total.
 
     Returns:
-        What results.json holds; after Ctrl-C that of the models that were done, with "stopped". Under "failed" and in the
-        notes, a sentence for each model beside pre and ft that cannot be scored, and has no row.
+        The content of results.json. After Ctrl-C "stopped" is true and only models that were done have rows. A model other than
+        pre and ft that cannot be scored has no row, and a sentence in "failed" and in the notes.
 
     Raises:
         SurgeryError: pre or ft cannot be scored, or a measure or an option does not fit them.
@@ -161,10 +161,10 @@ def document(
     notes: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """Everything about a comparison, down to items: what results.json holds.
+    """Return everything about a comparison, down to items: the content of results.json.
 
     Args:
-        models: beside pre and ft, which come first.
+        models: the others; pre and ft come first.
         kind: "compare" or "sweep".
         command: what the user typed.
     """
@@ -199,7 +199,7 @@ def document(
 
 
 def as_csv(found: dict[str, Any]) -> bytes:
-    """One line for each model, in UTF-8; an unknown number is an empty field."""
+    """Return the rows as CSV in UTF-8, one line for each model; an unknown number is an empty field."""
     names = [measure["name"] for measure in found["measures"]]
     parts = ("value", "low", "high", "p")
     head = [*COLUMNS, *(f"{name}: {part}" for name in names for part in parts)]
@@ -211,7 +211,7 @@ def as_csv(found: dict[str, Any]) -> bytes:
 
 
 def items_as_csv(found: dict[str, Any]) -> bytes:
-    """One line for each model and item, in UTF-8."""
+    """Return the scores of all items as CSV in UTF-8, one line for each model and item."""
     lines = (
         (name, number, label, value, weight)
         for name, held in found["items"].items()
@@ -278,7 +278,7 @@ def _items(models: Sequence[Scored], name: str) -> dict[str, Any]:
 
 
 def _tokens(plane: Plane, models: Sequence[Scored]) -> list[str]:
-    """A sentence for each model whose losses are over other tokens than ft's: another tokenizer, or a shorter context."""
+    """Return a sentence for each model whose losses are over other tokens than those of ft."""
     names = [measure.name for measure in (*plane.tasks, *plane.general) if measure.kind != "share"]
     return [
         f"{model.subject.label} reads the text in other tokens or windows than ft: losses and perplexities do not compare."
@@ -288,7 +288,7 @@ def _tokens(plane: Plane, models: Sequence[Scored]) -> list[str]:
 
 
 def _pareto(rows: Sequence[dict[str, Any]]) -> list[bool]:
-    """Which rows no other row beats."""
+    """Return for each row whether it is Pareto-optimal."""
     points = [(row["retention"], row["forgetting"]) for row in rows]
 
     def beaten(one: tuple[Any, Any]) -> bool:

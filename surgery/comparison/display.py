@@ -1,4 +1,4 @@
-"""What the user sees of a comparison: a line of progress, and tables that read well at 80 columns and without colour."""
+"""Show a comparison on a terminal: a progress bar, then tables that fit 80 columns and need no colour."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from surgery.comparison.folder import Folder
     from surgery.evaluation.bench import Observe
 
-# A paired test calls a score another one than ft's below this p.
+# A score differs from that of ft if the p of a paired test is below this.
 DIFFERENT = 0.05
 LABEL = 24  # characters of a row's name
-# Columns of the outcome: title, key, whether the highest is best (None: neither is).
+# Columns of the first table: title, key, and whether the highest value is best (None: neither is).
 OUTCOME = (
     ("Kept", "retention", True),
     ("General", "average", True),
@@ -32,10 +32,10 @@ OUTCOME = (
 
 @contextmanager
 def scoring_progress(models: int | None) -> Iterator[Observe]:
-    """A bar on standard error: which model is on which measure; nothing at all where that is no terminal.
+    """Show a progress bar with the model and the measure that is being scored.
 
     Args:
-        models: how many there are, where that is known.
+        models: how many there are, if that is known.
     """
     seen: dict[str, None] = {}
     with new_progress() as bar:
@@ -54,7 +54,7 @@ def show(document: dict[str, Any], folder: Folder | None, *, as_json: bool) -> N
     """Write a comparison to its folder, and print it.
 
     Raises:
-        OutputError: the folder cannot be written; it was printed all the same, for it took hours.
+        OutputError: the folder cannot be written. The comparison was printed all the same, since it may have taken hours.
     """
     written: Sequence[str] = ()
     try:
@@ -74,7 +74,7 @@ def _show(document: dict[str, Any], written: Sequence[str], *, as_json: bool) ->
 
 
 def as_text(document: dict[str, Any]) -> str:
-    """A comparison as plain text, 80 columns wide."""
+    """Return a comparison as plain text, 80 columns wide."""
     text = io.StringIO()
     _print(Terminal(file=text, width=80, color_system=None), document)
     return text.getvalue()
@@ -113,7 +113,7 @@ def _task(document: dict[str, Any], row: dict[str, Any]) -> str:
 
 
 def _scores(document: dict[str, Any], width: int) -> Iterator[Table]:
-    """The scores on each measure, in as many tables as the width takes."""
+    """Yield tables of the scores on each measure, as many as are needed for the width."""
     rows, measures = document["rows"], document["measures"]
     labels = max(cell_len(text) for text in ("Model", *map(_label, rows)))
     cells = {measure["name"]: [_score(row, measure["name"]) for row in rows] for measure in measures}

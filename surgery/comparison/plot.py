@@ -1,6 +1,6 @@
-"""Pictures of `surgery compare` and `surgery sweep`, as files and on the HTML page; legible where they are printed 80 mm wide.
+"""Draw the pictures of `surgery compare` and `surgery sweep`, for files and the HTML page; legible when printed 80 mm wide.
 
-`surgery.comparison.charts` says what a picture shows. A point and a bar have the id "row-N", after which the page finds them.
+`surgery.comparison.charts` computes what a picture shows. A point or bar of row N has the id "row-N", by which the page finds it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = ("o", "s", "^", "D", "v")
-# Inches: twice 80 mm, so that what has 11 points here has 5.5 on paper.
+# In inches: twice 80 mm, so that a text of 11 points here has 5.5 points on paper.
 WIDTH = 6.3
 TEXT, SMALL = 11, 9.5
-# Bars in a group, characters of a label, and the most points of which each may be named.
+# The most bars in a group, characters of a label, and points that are all labelled.
 MOST, LONGEST, CROWD = 8, 22, 20
-# Points between a point and its label, and the directions in which it is tried, right first.
+# Distances of a label from its point, in typographic points, and directions, in the order in which they are tried.
 AWAY = (7, 14, 22, 32, 44, 58)
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.75, 0.75), (-0.75, 0.75), (0.75, -0.75), (-0.75, -0.75))
 
@@ -30,13 +30,13 @@ Box = tuple[float, float, float, float]
 
 
 def plots(document: dict[str, Any]) -> dict[str, bytes]:
-    """The pictures of a comparison: pareto and skills, and curves of a sweep.
+    """Draw the pictures of a comparison: pareto, skills, and for a sweep curves.
 
     Args:
         document: what results.json holds.
 
     Returns:
-        Name of a file -> its content; each picture as .svg and as .png.
+        Name of a file -> its content, each picture as .svg and as .png.
     """
     figures = {"pareto": pareto(document), "skills": skills(document)}
     if curve_charts(document):
@@ -45,7 +45,7 @@ def plots(document: dict[str, Any]) -> dict[str, bytes]:
 
 
 def pareto(document: dict[str, Any], width: float = WIDTH) -> Figure:
-    """Retention against forgetting: up and to the right is better. A line joins a method's rows, dashed steps the Pareto front.
+    """Draw retention against forgetting. Lines join the rows of a method, dashed steps the Pareto-optimal rows.
 
     Args:
         width: in inches.
@@ -76,9 +76,9 @@ def pareto(document: dict[str, Any], width: float = WIDTH) -> Figure:
 
 
 def curves(document: dict[str, Any]) -> Figure:
-    """Downstream and general score against sparsity (FAPM paper, Figures 2 and 5); a column per kind of axis.
+    """Draw the downstream and the general score against the swept number (FAPM paper, Figures 2 and 5), a column for each axis.
 
-    Bands are 95% intervals; pre and ft are dotted.
+    Bands are 95% intervals; dotted lines are the scores of pre and ft.
     """
     from matplotlib.figure import Figure
 
@@ -106,10 +106,10 @@ def curves(document: dict[str, Any]) -> Figure:
 
 
 def skills(document: dict[str, Any], most: int = MOST, width: float = WIDTH) -> Figure:
-    """A panel of bars for each measure, on its own scale, with 95% intervals.
+    """Draw a panel of bars for each measure, on its own scale, with 95% intervals.
 
     Args:
-        most: rows in a panel; all panels have the same ones.
+        most: the most rows in a panel; all panels show the same rows.
         width: in inches.
     """
     from matplotlib.figure import Figure
@@ -204,7 +204,7 @@ def _point(axes: Axes, point: dict[str, Any], *, whiskers: bool) -> None:
 
 
 def _legend(axes: Axes, chart: dict[str, Any], names: Sequence[str], drop: float) -> None:
-    """The series of the chart that have a name here."""
+    """Draw a legend of the chart's series. A series whose name is empty is left out."""
     from matplotlib.lines import Line2D
 
     here = sorted({point["series"] for point in chart["points"] if point["series"] is not None})
@@ -230,7 +230,10 @@ def _colour(group: int | None, role: str) -> str:
 
 
 def _name_points(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
-    """Labels where they cover no point and no other label, with a line to their point where they are far; else none."""
+    """Label the points where a label covers no point and no other label, and join a distant label to its point by a line.
+
+    A point without such a place has no label.
+    """
     dots = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
     area = axes.get_window_extent()
     bounds = (area.x0 * dots, area.y0 * dots, area.x1 * dots, area.y1 * dots)
@@ -268,7 +271,7 @@ def _name_points(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
 
 
 def _spots(x: float, y: float, wide: float, tall: float, rings: Sequence[float]) -> Iterator[tuple[Box, bool]]:
-    """Where the label of a point may be, the nearest first; whether it needs a line."""
+    """Yield the boxes that the label of a point may take, nearest first, and whether it would need a line."""
     for away in rings:
         for across, up in DIRECTIONS:
             left = x + across * away - (0 if across > 0 else wide if across < 0 else wide / 2)

@@ -1,4 +1,4 @@
-"""Scores as the tables, the plots and the page of a comparison show them, and text for HTML."""
+"""Format scores for the tables, plots and page of a comparison, and escape text for HTML."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
 def score(kind: str, value: Any) -> str:
-    """A score on its measure's own scale."""
+    """Format a score: a share in percent, others as numbers."""
     return share(value) if kind == "share" else number(value)
 
 
 def interval(kind: str, low: Any, high: Any) -> str:
-    """The ends of an interval, or nothing where one of them is missing."""
+    """Format an interval, such as "1.2 to 3.4%"; empty if an end is missing."""
     if finite(low) is None or finite(high) is None:
         return ""
     return f"{score(kind, low).removesuffix('%')} to {score(kind, high)}"
 
 
 def stars(p: Any) -> str:
-    """The mark of a p-value, empty from 0.05 on."""
+    """Return the stars of a p-value; none from 0.05 on."""
     found = finite(p)
     return next((mark for limit, mark in STARS if found is not None and found < limit), "")
 
 
 def html(text: Any) -> str:
-    """Text from a file, made harmless in HTML text and in quoted attributes."""
+    """Escape text for HTML and for quoted attributes."""
     return escape(readable(str(text)))
 
 
 def listed(parts: Sequence[str], most: int = 5) -> str:
-    """ "a, b and c"; past `most`, "a, b and 7 more"."""
+    """Join texts as "a, b and c"; if there are more than `most`, as "a, b and 7 more"."""
     if len(parts) > most:
         parts = [*parts[: most - 1], f"{len(parts) - most + 1} more"]
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)

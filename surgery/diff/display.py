@@ -1,4 +1,4 @@
-"""The tables of `surgery diff`: where fine-tuning went, at 80 columns, with bars that need no colour."""
+"""The tables of `surgery diff`, which fit 80 columns, with bars that need no colour."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BAR = 8  # characters of a bar
 
 
 def show_diff(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:
-    """Print what was measured: by category and by layer, then what was written elsewhere."""
+    """Print the measurements by category and by layer, then a line for each file that was written."""
     if as_json:
         show_json(document)
         return
@@ -42,7 +42,7 @@ def show_diff(document: dict[str, Any], written: Sequence[str], *, as_json: bool
 
 
 def show_tensor(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:
-    """Print what was measured of one tensor."""
+    """Print the measurements of one tensor, then a line for each file that was written."""
     if as_json:
         show_json(document)
         return
@@ -94,7 +94,7 @@ def _layer(name: str, group: dict[str, Any], layers: dict[str, dict[str, Any]], 
         share(group["unchanged_share"], 2),
         _relative(group["relative_norm"]),
         _bar(group, layers),
-        # Of an edited checkpoint most entries did not move.
+        # In an edited checkpoint most entries did not move: the median says nothing.
         *(brief(group[what][quantile]) for what in ("delta", "ratio") for quantile in ("q50", "q99")[edited:]),
         *([share(group["remaining"], 2)] if edited else []),
     ]

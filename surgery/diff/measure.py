@@ -1,4 +1,4 @@
-"""Where fine-tuning went: both checkpoints streamed once, and each tensor of ft measured against its base (`surgery diff`).
+"""Measure where fine-tuning went (`surgery diff`): stream both checkpoints once, and compare each tensor of ft with its base.
 
     Δ = ft − pre, in float32 from exactly upcast inputs
     unchanged         entries whose bits are pre's (whose value is, where the two types differ)
@@ -6,10 +6,10 @@
     distance          D(θ, θ0), the mean of relative_norm over a group's tensors (MoFO, D.4)
     delta, ratio      quantiles of |Δ| and of |Δ| / |W_pre|, as `surgery.diff.quantiles` counts them
 
-A ratio is 0 where Δ = 0. Where W_pre = 0 and Δ ≠ 0 it is infinite: those are counted apart (ratio_infinite) and in no quantile,
-and so are ratios that float32 cannot hold. Of a larger vocabulary, the rows that both sides have are compared.
+A ratio is 0 where Δ = 0. Where W_pre = 0 and Δ ≠ 0 it is infinite: such ratios are counted apart (ratio_infinite), as are those
+too large for float32, and enter no quantile. Where one side has a larger vocabulary, the rows that both have are compared.
 
-Of a checkpoint that surgery wrote, `remaining` is ‖Δ‖ over what it was before the edit, which its report says.
+For a checkpoint that surgery wrote, `remaining` is ‖Δ‖ divided by ‖Δ‖ before the edit, which is in its report.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from surgery.text import csv_lines
 
 # How far a measured ‖Δ‖/‖W‖ may be from the one in a report: sums are added up in another order.
 SAME = 1e-6
-# Histograms of a group that wait to be added up: enough to save time, few enough to take no memory.
+# Histograms of a group are added up when there are this many: seldom enough to save time, often enough to save memory.
 PARTS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """A tensor of ft that has a base, and the part of it that pre has too."""
+class Matched:
+    """A tensor of ft with its base in pre; where ft has more rows, only those that pre has."""
 
     item: Item
     pre: Tensor
@@ -61,7 +61,14 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one tensor has become: counts, ‖Δ‖², ‖W_pre‖², and the distributions of |Δ| and of |Δ| / |W_pre|."""
+    """The measurements of one tensor.
+
+    Attributes:
+        unchanged: entries with the bits of pre.
+        infinite: entries whose ratio |Δ| / |W_pre| is infinite.
+        delta2, weight2: ‖Δ‖² and ‖W_pre‖².
+        delta, ratio: distributions of |Δ| and of |Δ| / |W_pre|.
+    """
 
     unchanged: int
     infinite: int
@@ -73,7 +80,7 @@ class Measured:
 
 @dataclass
 class _Groups:
-    """The distributions of categories, of layers and of everything, added to by every worker."""
+    """The distributions of each category and each layer. Every worker adds to them."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     parts: dict[Any, list[tuple[Distribution, Distribution]]] = field(default_factory=dict)
@@ -90,7 +97,7 @@ class _Groups:
                     parts[:] = [self.of(key)]
 
     def of(self, *keys: Any) -> tuple[Distribution, Distribution]:
-        """|Δ| and |Δ| / |W_pre| of all entries of some groups."""
+        """The distributions of |Δ| and |Δ| / |W_pre| over all entries of some groups."""
         parts = [part for key in keys for part in self.parts[key]]
         return joined(delta for delta, _ in parts), joined(ratio for _, ratio in parts)
 
@@ -99,27 +106,27 @@ def prepare(pre: str, ft: str) -> Pair:
     """Open and pair both sides, reading headers only.
 
     Raises:
-        SurgeryError: anything that can be refused about them.
+        SurgeryError: one cannot be read, or they do not belong together.
     """
     base, (tuned,) = open_both(pre, ft)
     return pair(base, tuned)
 
 
-def comparable(both: Pair) -> list[Comparison]:
-    """The floating-point tensors that both sides have, in ft's order."""
+def comparable(both: Pair) -> list[Matched]:
+    """Return the floating-point tensors that both sides have, in the order of ft."""
     found = []
     for item in both.items:
         if item.pre is not None and item.ft.is_float:
             whole = item.pre.shape == item.ft.shape
-            found.append(Comparison(item, item.pre, item.ft if whole else item.ft.rows(0, item.pre.shape[0])))
+            found.append(Matched(item, item.pre, item.ft if whole else item.ft.rows(0, item.pre.shape[0])))
     return found
 
 
-def select(both: Pair, name: str) -> Comparison:
-    """The one tensor of that name.
+def select(both: Pair, name: str) -> Matched:
+    """Return the tensor of that name.
 
     Raises:
-        OptionError: ft has none, pre has none, or it holds no floating-point numbers or none at all.
+        OptionError: it is not in both sides, is empty, or holds no floating-point numbers.
     """
     tensors = comparable(both)
     found = next((tensor for tensor in tensors if tensor.ft.name == name), None)
@@ -127,16 +134,16 @@ def select(both: Pair, name: str) -> Comparison:
         return found
     if name in both.ft.tensors:
         raise OptionError(
-            f"--tensor {name}: there are no floating-point numbers to compare it with in {both.pre.folder}. Choose another."
+            f"{name}: there are no floating-point numbers to compare it with in {both.pre.folder}. Choose another."
         )
     near = difflib.get_close_matches(name, [tensor.ft.name for tensor in tensors], n=1, cutoff=0.0)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise OptionError(f"--tensor {name}: {both.ft.folder} has no tensor of that name.{hint}")
+    raise OptionError(f"{name}: {both.ft.folder} has no tensor of that name.{hint}")
 
 
 def measure(
     both: Pair,
-    tensors: Sequence[Comparison],
+    tensors: Sequence[Matched],
     *,
     workers: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
@@ -149,14 +156,14 @@ def measure(
 
     Raises:
         CheckpointError: a file ends early or cannot be read.
-        OptionError: less than one worker.
+        OptionError: workers is below 1.
     """
     groups, found = _Groups(), dict[str, Measured]()
 
-    def work(tick: Tick) -> Callable[[Comparison], None]:
+    def work(tick: Tick) -> Callable[[Matched], None]:
         chunks, bins = Chunks(tick), (np.zeros(BINS, np.int64), np.zeros(BINS, np.int64))
 
-        def one(tensor: Comparison) -> None:
+        def one(tensor: Matched) -> None:
             measured = _measure(tensor, chunks, bins)
             found[tensor.ft.name] = measured
             groups.add(tensor.item, measured)
@@ -190,13 +197,13 @@ def measure(
 
 
 def as_csv(document: dict[str, Any]) -> bytes:
-    """One line for each tensor, in UTF-8; an unknown number is an empty field."""
+    """Return the tensors as CSV in UTF-8, one line each; an unknown number is an empty field."""
     lines = [_flat(line) for line in document["tensors"]]
     return csv_lines([*lines[:1], *(line.values() for line in lines)])
 
 
 def _flat(line: dict[str, Any]) -> dict[str, Any]:
-    """A tensor's line without dictionaries in it: {"delta": {"q50": 1}} as {"delta_q50": 1}."""
+    """Return a tensor's line without dictionaries in it: {"delta": {"q50": 1}} becomes {"delta_q50": 1}."""
     flat = dict[str, Any]()
     for name, value in line.items():
         if isinstance(value, dict):
@@ -206,7 +213,7 @@ def _flat(line: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _measure(tensor: Comparison, chunks: Chunks, bins: tuple[kernels.Counts, kernels.Counts]) -> Measured:
+def _measure(tensor: Matched, chunks: Chunks, bins: tuple[kernels.Counts, kernels.Counts]) -> Measured:
     for counts in bins:
         counts[:] = 0
     shift = sample_shift(tensor.ft.entries)
@@ -225,8 +232,8 @@ def _measure(tensor: Comparison, chunks: Chunks, bins: tuple[kernels.Counts, ker
     )
 
 
-def _line(tensor: Comparison, measured: Measured, before: float | None) -> dict[str, Any]:
-    """What the document says about one tensor; norms that are not finite are None."""
+def _line(tensor: Matched, measured: Measured, before: float | None) -> dict[str, Any]:
+    """Return the entry of one tensor in the document; norms that are not finite are None."""
     place, entries = tensor.item.place, tensor.ft.entries
     delta_norm, weight_norm = _root(measured.delta2), _root(measured.weight2)
     return {
@@ -251,7 +258,7 @@ def _line(tensor: Comparison, measured: Measured, before: float | None) -> dict[
 
 
 def _group(lines: Sequence[dict[str, Any]], distributions: tuple[Distribution, Distribution]) -> dict[str, Any]:
-    """What the document says about several tensors together."""
+    """Return the entry of a group of tensors in the document."""
     entries, unchanged = (sum(line[name] for line in lines) for name in ("entries", "unchanged"))
     edited = [line for line in lines if line["norm_before"] is not None]
     ratios = [line["relative_norm"] for line in lines if line["relative_norm"] is not None]
@@ -279,10 +286,8 @@ def _by_layer(
     return found
 
 
-def _before(
-    both: Pair, tensors: Sequence[Comparison], found: dict[str, Measured]
-) -> tuple[dict[str, float], list[str]]:
-    """‖Δ‖ of each tensor before surgery edited it, where ft is what surgery wrote, and a note where that cannot be told."""
+def _before(both: Pair, tensors: Sequence[Matched], found: dict[str, Measured]) -> tuple[dict[str, float], list[str]]:
+    """Return ‖Δ‖ of each tensor before the edit, if surgery wrote ft, and a note if the report beside it cannot tell."""
     path = both.ft.folder / REPORT
     if not path.is_file():
         return {}, []
@@ -307,7 +312,7 @@ def _before(
 
 
 def _norm(lines: Iterable[dict[str, Any]], name: str) -> float | None:
-    """The norm of all entries of several tensors; None where one has none."""
+    """Return the norm over all entries of several tensors; None if one of them is not finite."""
     norms = [line[name] for line in lines]
     return None if not norms or None in norms else math.hypot(*norms)
 

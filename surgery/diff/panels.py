@@ -1,7 +1,7 @@
-"""One tensor as four small pictures: |W_pre|, |Δ|, |Δ| / |W_pre| and FAPM's score (FAPM paper, Figures 3 and 8).
+"""Reduce one tensor to four small pictures: |W_pre|, |Δ|, |Δ| / |W_pre| and FAPM's score (FAPM paper, Figures 3 and 8).
 
-A tensor is seen as a matrix whose columns are its last dimension. One larger than SIDE on a side is reduced while it streams:
-each cell is the mean of a block of entries, those that are finite.
+A tensor is treated as a matrix whose columns are its last dimension. A matrix larger than SIDE on a side is reduced while it
+streams: each cell is the mean of the finite entries of a block.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.diff.measure import Comparison
+from surgery.diff.measure import Matched
 from surgery.engines import kernels
 from surgery.engines.chunks import Chunks, Sides
 from surgery.methods import fapm
 
-# Cells on each side of a panel.
+# The most cells on a side of a panel.
 SIDE = 512
 NAMES = ("weight", "delta", "ratio", "score")
 
@@ -25,9 +25,11 @@ Cells = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """The four quantities, each float64 [rows ≤ SIDE, columns ≤ SIDE]; NaN where a block has no finite entry.
+    """The four quantities of a tensor.
 
-    shape: the rows and columns of the matrix.
+    Attributes:
+        shape: rows and columns of the matrix.
+        cells: by name, float64 [rows ≤ SIDE, columns ≤ SIDE]; NaN where a block has no finite entry.
     """
 
     shape: tuple[int, int]
@@ -35,13 +37,13 @@ class Panels:
 
     @property
     def block(self) -> tuple[float, float]:
-        """How many rows and columns one cell stands for, on average."""
+        """The mean number of rows and of columns in a cell."""
         rows, columns = self.cells["weight"].shape
         return self.shape[0] / rows, self.shape[1] / columns
 
 
-def reduce(tensor: Comparison) -> Panels:
-    """Stream a tensor of both sides twice, for mean |W_pre| and for the cells.
+def reduce(tensor: Matched) -> Panels:
+    """Stream a tensor of both sides twice: once for the mean of |W_pre|, once for the cells.
 
     Raises:
         CheckpointError: a file ends early or cannot be read.

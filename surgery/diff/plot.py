@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 
 MISSING = "#d0d0d0"
 TITLES = {"weight": "|W_pre|", "delta": "|Δ|", "ratio": "|Δ| / |W_pre|", "score": "FAPM score"}
-# Colours on a logarithmic scale where the largest is this many times the median.
+# The scale of colours is logarithmic if the largest value is this many times the median.
 SKEWED = 3.0
-# Inches: the side of a cell, room for the layers' numbers, a letter of a column's name, the tallest grid.
+# In inches: side of a cell, room for the numbers of layers, width of a letter of a column's name, height of the tallest grid.
 CELL, LEFT, LETTER, TALLEST = 0.32, 0.75, 0.062, 11.0
 
 
 def relative_norms(
     document: dict[str, Any],
 ) -> tuple[dict[str, dict[tuple[int, str], float | None]], dict[str, float | None]]:
-    """‖Δ‖/‖W‖ of each cell of the heat map: a module's weight and bias, and its single experts, together.
+    """Return ‖Δ‖/‖W‖ of each cell of the heat map: a module's weight, its bias and its experts are one cell.
 
     Returns:
-        stack -> (layer, module) -> value, and unit -> value for what lies outside the stacks; None where a norm is not finite
-        or ‖W‖ is 0. Modules are in the order of `CATEGORIES`, then of the files; so are units, those of the input first.
+        stack -> (layer, module) -> value, and module -> value for modules outside the stacks. A value is None if a norm is
+        not finite or ‖W‖ is 0. Modules are in the order of `CATEGORIES`, then of the files; outside the stacks those at the
+        model's input come first.
     """
 
     def order(line: dict[str, Any]) -> tuple[bool, int]:
@@ -58,7 +59,7 @@ def relative_norms(
 
 
 def heat_map(document: dict[str, Any]) -> Figure:
-    """Layers × modules of each stack, and a strip for what lies outside; the colour is ‖Δ‖/‖W‖, grey where there is none.
+    """Draw ‖Δ‖/‖W‖ as colours: layers × modules of each stack, and a strip of modules outside. Grey is missing.
 
     Raises:
         OptionError: there is nothing to draw.
@@ -71,7 +72,7 @@ def heat_map(document: dict[str, Any]) -> Figure:
         values = np.array([list(outside.values())], dtype=np.float64)
         grids.append(("outside the layers", [], list(outside), values))
     if not grids:
-        raise OptionError("--plot: the two models share no tensor that could be drawn.")
+        raise OptionError("The two models share no tensor that could be drawn. Leave the picture out.")
     scale = _scale(np.concatenate([values.ravel() for *_, values in grids]))
     title = f"‖Δ‖ / ‖W‖ by layer and module: {_models(document)}"
     # All in inches; `top` counts from the lower edge.
@@ -101,7 +102,7 @@ def heat_map(document: dict[str, Any]) -> Figure:
 
 
 def four_panels(panels: Panels, name: str) -> Figure:
-    """|W_pre|, |Δ|, |Δ| / |W_pre| and FAPM's score of one tensor, coloured from its 5th to its 95th percentile."""
+    """Draw |W_pre|, |Δ|, |Δ| / |W_pre| and FAPM's score of one tensor; colours range from the 5th to the 95th percentile."""
     from matplotlib.figure import Figure
 
     rows, columns = panels.shape
@@ -122,7 +123,7 @@ def four_panels(panels: Panels, name: str) -> Figure:
 
 
 def _together(lines: Sequence[dict[str, Any]]) -> float | None:
-    """‖Δ‖/‖W‖ of several tensors' entries."""
+    """Return ‖Δ‖/‖W‖ over all entries of several tensors."""
     if any(line["delta_norm"] is None or line["weight_norm"] is None for line in lines):
         return None
     whole = math.hypot(*(line["weight_norm"] for line in lines))
@@ -130,7 +131,7 @@ def _together(lines: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _grid(cells: dict[tuple[int, str], float | None]) -> tuple[list[str], list[str], NDArray[np.float64]]:
-    """Layers, modules, and the values [layers, modules]; NaN where there is none."""
+    """Return the layers, the modules, and the values [layers, modules], NaN where there is no value."""
     layers = sorted({layer for layer, _ in cells})
     modules = list(dict.fromkeys(name for _, name in cells))
     found = [[cells.get((layer, name)) for name in modules] for layer in layers]
@@ -138,7 +139,7 @@ def _grid(cells: dict[tuple[int, str], float | None]) -> tuple[list[str], list[s
 
 
 def _scale(values: NDArray[np.float64]) -> Normalize:
-    """From 0 to the largest, by powers of ten where it is far above the others."""
+    """Return a scale from 0 to the largest value, or a logarithmic one if that is far above the others."""
     from matplotlib.colors import LogNorm, Normalize
 
     moved = values[np.isfinite(values) & (values > 0)]
@@ -149,7 +150,7 @@ def _scale(values: NDArray[np.float64]) -> Normalize:
 
 
 def _middle(values: NDArray[np.float64]) -> Normalize:
-    """From the 5th to the 95th percentile: ratios and scores have long tails."""
+    """Return a scale from the 5th to the 95th percentile: ratios and scores have long tails."""
     from matplotlib.colors import Normalize
 
     finite = values[np.isfinite(values)]
@@ -161,7 +162,7 @@ def _draw(axes: Axes, values: NDArray[np.float64], scale: Normalize, **options: 
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    if isinstance(scale, LogNorm):  # what did not move has the lowest colour, not that of what is missing
+    if isinstance(scale, LogNorm):  # zero gets the lowest colour, not that of a missing value
         values = np.maximum(values, scale.vmin or 0.0)
     colours = colormaps[HEAT].with_extremes(bad=MISSING)
     return axes.imshow(values, colours, scale, aspect="auto", interpolation="nearest", **options)

@@ -1,4 +1,4 @@
-"""How magnitudes are distributed, in bounded memory: a histogram whose bins have the same relative width everywhere.
+"""Estimate quantiles of magnitudes in bounded memory, from a histogram whose bins all have the same relative width.
 
 A bin holds the float32 magnitudes that agree in their upper 15 bits, the exponent and 7 bits of the mantissa. A quantile is the
 middle of its bin, so it is off by at most 1/256 of itself (by 1e-40 below 1.2e-38, where float32 runs out of exponents; smaller
@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 from surgery.engines.kernels import BINS, Counts
 
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-# The bin of infinity; behind it are those of NaN.
+# The bin of infinity; the bins after it hold NaN.
 INFINITE = 0x7F80
 
 
 def sample_shift(entries: int) -> int:
-    """s: one in 2^s of a tensor's entries is counted."""
+    """Return s: of a tensor with so many entries, one in 2^s is counted."""
     return min(max((entries >> 17).bit_length() - 1, 0), 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts of finite magnitudes: only the bins that hold any, in order.
+    """The counts of finite magnitudes. Only bins that hold any are kept, in order.
 
     Attributes:
         bins: uint16 [k], the upper half of a float32 without its sign.
@@ -45,12 +45,12 @@ class Histogram:
 
     @classmethod
     def of(cls, counts: Counts, shift: int) -> Histogram:
-        """From the counts of a sample of one in 2^shift, int64 [BINS]."""
+        """Make a histogram of the counts, int64 [BINS], of a sample of one entry in 2^shift."""
         bins = np.flatnonzero(counts[:INFINITE])
         return cls(bins.astype(np.uint16), counts[bins] << shift)
 
     def quantiles(self, shares: Iterable[float]) -> list[float] | None:
-        """For each share the smallest magnitude that so many entries, at least one, do not exceed; None where there are none."""
+        """Return for each share the smallest magnitude such that this share of entries is not above it; None without entries."""
         if not len(self.bins):
             return None
         below = np.cumsum(self.counts)
@@ -68,7 +68,7 @@ class Distribution:
     largest: float
 
     def as_json(self) -> dict[str, float | None]:
-        """The quantiles, none above the largest, and the largest; None where nothing is finite."""
+        """Return the quantiles and the largest magnitude; each is None where no entry is finite."""
         found = self.histogram.quantiles(QUANTILES.values())
         if found is None:
             return dict.fromkeys((*QUANTILES, "max"))
@@ -79,7 +79,7 @@ class Distribution:
 
 
 def joined(parts: Iterable[Distribution]) -> Distribution:
-    """The distribution of several tensors' entries together."""
+    """Return the distribution of all entries of several tensors."""
     counts, largest = np.zeros(BINS, np.int64), 0.0
     for part in parts:
         counts[part.histogram.bins] += part.histogram.counts

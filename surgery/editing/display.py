@@ -1,4 +1,4 @@
-"""What an edit prints: its plan, and its report."""
+"""Print the plan and the report of an edit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(job: Job, *, as_json: bool) -> None:
-    """Print what a job would do, by category."""
+    """Print the plan of a job, by category."""
     groups: dict[tuple[str, str], list[Step]] = {}
     for step in job.steps:
         doing = "copy" if step.pre is None or not step.ft.is_float else type(step.action).__name__.lower()
@@ -50,7 +50,7 @@ def show_plan(job: Job, *, as_json: bool) -> None:
 
 
 def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: float, as_json: bool) -> None:
-    """Print what a run did, by category, how long it took, and where the output is."""
+    """Print the report of a run, by category, its duration, and the path of the output."""
     if as_json:
         show_json(report)
         return

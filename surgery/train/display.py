@@ -19,10 +19,10 @@ FIRST = 1
 
 
 class Screen:
-    """The terminal of a run; only the first process of several has one.
+    """The terminal output of a training. With several processes only the first one prints.
 
     Args:
-        quiet: print the report as JSON in the end, and no sentence before it.
+        quiet: standard output is only for the report as JSON; sentences go to standard error.
     """
 
     def __init__(self, *, quiet: bool) -> None:
@@ -49,7 +49,7 @@ class Screen:
             self.bar.console.print(sentence, soft_wrap=True)
 
     def step(self, number: int, rounds: int, step: int, steps: int, logs: dict[str, float]) -> None:
-        """Show a step."""
+        """Move the progress bar to a step."""
         tokens = logs.get("num_tokens", 0.0)
         if number != self.round:
             for task in self.bar.task_ids:
@@ -63,7 +63,7 @@ class Screen:
         self.bar.update(self.bar.task_ids[-1], completed=step, says=says)
 
     def show(self, report: dict[str, Any], out: Path) -> None:
-        """Print what a run did and where its output is."""
+        """Print the report of a run and the path of its output."""
         if not self.leads:
             return
         if self.quiet:

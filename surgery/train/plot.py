@@ -12,14 +12,14 @@ from surgery.pictures import HEAT, drawable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Inches of a cell, and of the room to its left, right, above and below.
+# In inches: width and height of a cell, room to the left, right, above and below.
 WIDE, TALL, LEFT, RIGHT, ABOVE, BELOW = 0.95, 0.5, 0.9, 0.5, 0.55, 0.75
 # Characters of a task's name under its column.
 LONGEST = 14
 
 
 def heat_map(document: dict[str, Any]) -> Figure:
-    """Rounds × tasks in colour, OP and BWT (HFT A.2.2) as numbers beside them; a frame is the task that a round trained on.
+    """Draw the scores, rounds × tasks, as colours, with OP and BWT (HFT A.2.2) beside them; the task of each round is framed.
 
     Args:
         document: the report of a training of several rounds.

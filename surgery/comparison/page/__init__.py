@@ -1,4 +1,4 @@
-"""The HTML page of a comparison or a sweep, and the charts that it shares with `surgery.comparison.plot`."""
+"""The HTML page of a comparison or a sweep."""
 
 from __future__ import annotations
 

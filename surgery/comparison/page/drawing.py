@@ -1,7 +1,7 @@
-"""A figure of matplotlib as a part of the page: in the page's colours and font, each row's point and bar a link to its line.
+"""Turn a matplotlib figure into a part of the page: with the page's colours and font, and links from points and bars to rows.
 
-The page's policy allows no `style` attributes, so every style becomes an attribute of its own. Colours become the page's
-variables, which are others on a dark ground. A point without a script shows its numbers as a browser shows a title.
+The page's policy forbids `style` attributes, so each property becomes an attribute of its own. Colours become the variables of
+page.css, which differ on a dark ground. Each link has a <title>, so that browsers show the numbers without a script.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()} | {"#000000": "var(--ink)"}
 ROW = re.compile(r"row-(\d+)")
 SIZE = re.compile(r"([\d.]+)px")
-RING = 8  # points around a point that belong to it, for a pointer
+RING = 8  # radius in typographic points of the circle around a point that reacts to a pointer
 
 
 def drawing(figure: Figure, name: str, caption: str, titles: Mapping[int, str]) -> str:
-    """The figure as an `<svg>` element of a page.
+    """Return the figure as an `<svg>` element.
 
     Args:
-        name: makes the ids in it differ from those of other figures of the page.
-        caption: what it shows, for a screen reader.
+        name: prefix of the ids in it, unique on the page.
+        caption: description for screen readers.
         titles: index of a row -> its label and numbers, a line each.
     """
     root = ElementTree.fromstring(render(figure, "svg", embedded=True))

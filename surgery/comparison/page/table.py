@@ -1,4 +1,4 @@
-"""The table of the page: a row per checkpoint, sortable by page.js, complete without it."""
+"""The table of the page, a row for each checkpoint. page.js makes it sortable."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Column:
     """A column of numbers.
 
     Attributes:
-        title: at its head.
-        better: "high", "low", or "" where neither is.
-        value: what a row has there.
-        show: it in words.
-        ends: its interval in words, where it has one.
-        p: of the paired test against ft, where there is one.
+        title: the head of the column.
+        better: "high", "low", or "" if neither is.
+        value: returns the number of a row.
+        show: formats it.
+        ends: returns its interval as text; empty without one.
+        p: returns the p of the paired test against ft, or None.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Column:
 
 
 def table(document: dict[str, Any]) -> str:
-    """The table as HTML."""
+    """Return the table as HTML."""
     columns, rows = _columns(document), document["rows"]
     best = [_best(column, rows) for column in columns]
     heads = [_head("Checkpoint", "name", "text")] + [_head(column.title, column.better, "number") for column in columns]
@@ -91,7 +91,7 @@ def _bounded(key: str, title: str, better: str, show: Callable[[Any], str], kind
 
 
 def _best(column: Column, rows: list[dict[str, Any]]) -> float | None:
-    """The best value of the rows beside pre and ft, which are the ends of the scales."""
+    """Return the best value of all rows except pre and ft, or None."""
     values = [column.value(row) for row in rows if row["role"] == "other"]
     known = [value for value in values if value is not None]
     if not known or not column.better:
@@ -132,7 +132,7 @@ def _line(index: int, row: dict[str, Any], columns: list[Column], best: list[flo
 
 
 def _made(row: dict[str, Any]) -> list[str]:
-    """The method and the parameters that a sweep goes through."""
+    """Return the method and the parameters that a sweep varies, as texts."""
     held = row["parameters"] or {}
     swept = [f"{key.replace('_', ' ')} {setting(held[key])}" for key in (*AXES, "seed") if held.get(key) is not None]
     return [*([row["method"]] if row["method"] else []), *swept]

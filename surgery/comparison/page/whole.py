@@ -1,6 +1,6 @@
-"""The HTML page of `surgery compare` and `surgery sweep`: one file that opens from disk and asks nothing of a network.
+"""The HTML page of `surgery compare` and `surgery sweep`: one file that needs no network.
 
-It can be read without JavaScript; the script sorts the table and shows a row's numbers beside its point. Names, labels and
+It can be read without JavaScript; the script only sorts the table, shows tooltips and copies commands. Names, labels and
 commands come from files and may hold anything: they are escaped as text, and a Content-Security-Policy lets nothing run or style
 the page but its own script and style sheet, by their hashes.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
-# Inches of a picture, and the most rows of which the bars are shown.
+# Width of a picture in inches, and the most rows of a panel of bars.
 WIDE, MOST = 9.0, 20
 CAPTIONS = {
     "pareto": "Forgetting against retention of the task score",
@@ -37,10 +37,10 @@ KINDS = {"share": "share, higher is better", "loss": "nats per token, lower is b
 
 
 def page(document: dict[str, Any]) -> bytes:
-    """The page of what results.json holds.
+    """Return the page of a comparison.
 
     Args:
-        document: kind "compare" or "sweep", measures, rows, commands and versions; a float may be None.
+        document: the content of results.json.
 
     Returns:
         HTML in UTF-8.
@@ -109,7 +109,7 @@ def _model(side: dict[str, Any]) -> str:
 
 
 def _figure(document: dict[str, Any], name: str, figure: Figure) -> str:
-    """A picture in its frame, and which rows it lacks."""
+    """Return a picture in its frame, with a sentence about the rows that it lacks."""
     titles = {
         index: "\n".join(
             [
