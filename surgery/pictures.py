@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError
+from surgery.text import readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +88,6 @@ def without_glyph_warnings() -> Iterator[None]:
 
 
 def drawable(name: str, longest: int = LONGEST) -> str:
-    """Shorten a name, and remove control characters and what matplotlib would take for a formula."""
-    shown = "".join(mark if mark.isprintable() else "?" for mark in name)
+    """Make a name `readable` and short, and escape what matplotlib would take for a formula."""
+    shown = readable(name)
     return (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Where inputs came from, and which versions ran."""
+"""Record where inputs came from and which versions ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERSION = "0.1.0"
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where a checkpoint came from: as typed, and as found."""
+    """Return where a checkpoint came from: what the user typed, and the folder that was read."""
     source = checkpoint.source
     return {
         "typed": source.typed,
@@ -25,7 +25,7 @@ def origin(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What ran: surgery, Python and the libraries that are installed, none of which is imported for this. Not to be changed."""
+    """Return the versions of surgery, Python and installed libraries, without importing them. The result must not be changed."""
     from importlib.metadata import PackageNotFoundError, version  # 20 ms, which `surgery --help` does without
 
     found = {"surgery": VERSION, "python": platform.python_version()}

@@ -112,6 +112,17 @@ def size(value: int) -> str:
     return f"{value} B"
 
 
+def duration(seconds: Any) -> str:
+    """Format 150 as "2.5 minutes"."""
+    found = finite(seconds)
+    if found is None:
+        return MISSING
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if found >= 2 * length:
+            return f"{found / length:.1f} {unit}"
+    return f"{found:.1f} seconds"
+
+
 def _escaped(mark: str) -> str:
     if mark.isprintable():
         return mark

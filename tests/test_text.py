@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.text import brief, count, csv_lines, dumps, fixed, number, readable, share, size, words
+from surgery.text import brief, count, csv_lines, dumps, duration, fixed, number, readable, share, size, words
 
 ANY = st.text(st.characters(codec=None))  # surrogates too
 BAD = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -88,6 +88,9 @@ def test_a_command_keeps_its_line_breaks() -> None:
         (count(12_345_678), "12.3M"),
         (count(999), "999"),
         (size(1_234_567), "1.2 MB"),
+        (duration(3.14), "3.1 seconds"),
+        (duration(150), "2.5 minutes"),
+        (duration(9000), "2.5 hours"),
     ],
 )
 def test_numbers(shown: str, text: str) -> None:

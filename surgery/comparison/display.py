@@ -11,7 +11,7 @@ from rich.cells import cell_len, chop_cells
 from rich.table import Table
 
 from surgery.display import Terminal, new_console, new_progress, new_table, print_notes, show_json
-from surgery.text import MISSING, number, readable, share
+from surgery.text import MISSING, duration, number, readable, share
 
 if TYPE_CHECKING:
     from surgery.comparison.folder import Folder
@@ -89,7 +89,7 @@ def _print(console: Terminal, document: dict[str, Any]) -> None:
         "± half of a 95% interval, bootstrapped over items.  ≈ a paired test cannot tell it from ft's (p > 0.05)."
     )
     print_notes(console, document["notes"])
-    console.print(f"{len(document['rows'])} models in {document['seconds']:.0f} s")
+    console.print(f"{len(document['rows'])} models in {duration(document['seconds'])}")
 
 
 def _outcome(document: dict[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from surgery.comparison.grid import label
 from surgery.comparison.sweep import Bout
 from surgery.methods import Hma
 from surgery.methods.scope import number, share
+from surgery.text import fixed
 
 if TYPE_CHECKING:
     from surgery.comparison.compare import Outcome
@@ -68,7 +69,7 @@ def optimize(
 
 
 def _scores(outcome: Outcome) -> str:
-    kept, lost = ("–" if value is None else f"{value:.4f}" for value in (outcome.retention, outcome.forgetting))
+    kept, lost = map(fixed, (outcome.retention, outcome.forgetting))
     return f"retention {kept}, forgetting {lost}"
 
 

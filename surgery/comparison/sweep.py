@@ -17,6 +17,7 @@ from surgery.editing.job import Job, replan
 from surgery.errors import OptionError
 from surgery.evaluation.bench import Bench, Observe, Scored
 from surgery.evaluation.subject import Subject, edited_subject
+from surgery.text import fixed
 
 if TYPE_CHECKING:
     from surgery.evaluation.scores import Measure
@@ -180,14 +181,14 @@ def _sentence(limit: Limit, choice: Choice, methods: Sequence[Method]) -> str:
     place = choice.nearest if choice.best is None else choice.best
     outcome = choice.tried[place]
     value = getattr(outcome, limit.score)
-    name, score = label(methods[place]), "–" if value is None else f"{value:.4f}"
+    name, score = label(methods[place]), fixed(value)
     if choice.best is None:
         return (
             f"No setting meets {limit} ({how}); the nearest is {name} with a {limit.score} of {score}: allow more, or try other "
             "settings."
         )
     other = getattr(outcome, limit.other)
-    rest = "–" if other is None else f"{other:.4f}"
+    rest = fixed(other)
     return (
         f"{name} meets {limit} with the best {limit.other}: {limit.score} {score}, {limit.other} {rest} ({how}); "
         f"{limit.sure(outcome)}."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.display import new_console, new_table, print_notes, show_json
-from surgery.text import count, fixed, label, share, size
+from surgery.text import count, duration, fixed, label, share, size
 
 if TYPE_CHECKING:
     from surgery.editing.job import Job
@@ -63,7 +63,7 @@ def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: floa
     console = new_console()
     console.print(table)
     print_notes(console, report["notes"])
-    console.print(f"{size(nbytes)} in {seconds:.1f} s")
+    console.print(f"{size(nbytes)} in {duration(seconds)}")
     console.print(f"Wrote {out}", soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ from surgery.comparison.page.table import table
 from surgery.comparison.plot import curves, pareto, skills
 from surgery.comparison.text import html, listed
 from surgery.pictures import DARK, LIGHT
-from surgery.text import finite, number, readable, share, words
+from surgery.text import duration, finite, number, readable, share, words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def page(document: dict[str, Any]) -> bytes:
         commands=_commands(document),
         versions="".join(f"<dt>{html(name)}</dt><dd>{html(held)}</dd>" for name, held in document["versions"].items()),
         notes=_notes(document),
-        seconds=_seconds(document["seconds"]),
+        seconds=duration(document["seconds"]),
         style=style,
         script=script,
     )
@@ -174,17 +174,6 @@ def _notes(document: dict[str, Any]) -> str:
         return ""
     lines = "".join(f"<li>{html(note)}</li>" for note in document["notes"])
     return f'<section><h2>Notes</h2>\n<ul class="notes">{lines}</ul></section>'
-
-
-def _seconds(seconds: Any) -> str:
-    found = finite(seconds) or 0.0
-    return (
-        f"{found:.0f} seconds"
-        if found < 120
-        else f"{found / 60:.0f} minutes"
-        if found < 7200
-        else f"{found / 3600:.1f} hours"
-    )
 
 
 def _hash(text: str) -> str:
