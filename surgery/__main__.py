@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
+        return _run(arguments)
     except BrokenPipeError:
         pass
     except SystemExit as error:
@@ -53,6 +51,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         from surgery.commands import app
 
         code = app(args=arguments, prog_name="surgery", standalone_mode=False)
+        sys.stdout.flush()
     except SurgeryError as error:
         return _fail(str(error))
     except BrokenPipeError:

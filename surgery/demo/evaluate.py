@@ -1,4 +1,4 @@
-"""What the demo measures on a saved checkpoint: accuracy per skill, and distance from the pre-trained weights."""
+"""Measure a saved checkpoint of the demo: accuracy per skill, and distance from the pre-trained weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from surgery.demo.tokens import IGNORED, encode
 
 
 def exact_match(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Which items are answered exactly: bool [items], from logits [items, time, vocabulary], labels [items, time].
+    """Return whether each item is answered exactly: bool [items], from logits [items, time, vocabulary], labels [items, time].
 
     The whole answer must be right, and end where it ends. Greedy decoding writes an answer exactly when, with the right
     answer fed in, the most likely token is the right one at every step; so one forward pass decides it.

@@ -31,7 +31,7 @@ CALIBRATION_ITEMS = 400
 
 @dataclass(frozen=True)
 class Surgery:
-    """One row of the table that a method makes: its name there, the method, and the options it is given."""
+    """A row of the table that a method makes: the row's name, the method, and its options."""
 
     label: str
     method: str

@@ -1,4 +1,4 @@
-"""The synthetic skills: what the demo's model learns first, and the one skill it is fine-tuned on.
+"""The synthetic skills that the demo's model learns first, and the skill that it is fine-tuned on.
 
 Five general skills (copy, reverse and sort four letters; add three digits; recall memorised facts) and one new skill,
 sorting each pair of letters. Everything is a short line of words:

@@ -10,7 +10,7 @@ from surgery.display import new_table
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured on one model.
+    """The measurements of one model.
 
     label: the row's name. folder: the checkpoint, relative to the demo's folder. skills: accuracy of each general
     skill, from 0 to 1. general: their mean. downstream: accuracy of the new skill. distance: from pre-trained,
@@ -29,7 +29,7 @@ class Row:
 
 
 def results_table(sections: Sequence[Sequence[Row]], new_skill: str) -> Table:
-    """The rows as a table of at most 80 columns, a rule between sections; its numbers are read without colour.
+    """Return the rows as a table of at most 80 columns, with a rule between sections.
 
     All rows must have the same skills.
     """

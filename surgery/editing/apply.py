@@ -38,7 +38,7 @@ QUICK_BYTES, QUICK_TENSORS = 1 << 20, 64
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor to write: what the delta says of it, its base, and the parts that the delta stores."""
+    """A tensor to write: its entry in the delta, its base, and the parts that the delta stores."""
 
     line: dict[str, Any]
     result: Tensor
@@ -54,7 +54,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ApplyJob:
-    """A checkpoint to write again, checked as far as headers and small tensors can tell."""
+    """A checkpoint to restore, checked as far as headers and small tensors allow."""
 
     delta: Delta
     base: Checkpoint
@@ -183,7 +183,7 @@ def _container(delta: Delta) -> Container:
 
 
 def _names(source: Any, delta: Delta) -> Checkpoint:
-    """The base as it was, for a GGUF file to take its names from."""
+    """Return a checkpoint with the names and shapes of the original base, by which those in a GGUF file are found."""
     tensors = {
         line["base"]["name"]: Tensor(
             line["base"]["name"], line["base"]["dtype"], tuple(line["base"]["shape"]), Span(delta.path, 0)

@@ -1,4 +1,4 @@
-"""An edit that is carried out while its result is read: the checkpoint that `run` would write, with no files."""
+"""A checkpoint that is edited while it is read, without writing files; the same bytes as `run` would write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgery.methods.actions import Step
 
 @dataclass
 class Edited:
-    """A checkpoint that is computed, tensor by tensor, each time it is read, by one thread at a time.
+    """A checkpoint whose tensors are computed each time they are read; one thread at a time may read it.
 
     Args:
         job: the planned edit.
@@ -52,7 +52,7 @@ class Edited:
 
     @property
     def totals(self) -> report.Summary:
-        """What the report of the written checkpoint says of all tensors; those that were not read yet are read."""
+        """Return the report's lines of all tensors. Tensors that were not read yet are read now."""
         for step in self.job.steps:
             if step.ft.name not in self.results:
                 self.checkpoint.tensors[step.ft.name].open().close()

@@ -31,7 +31,7 @@ def extract(
     command: Sequence[str] = (),
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Any], int]:
-    """Carry a job out, and write what it leaves of the task vector instead of a checkpoint.
+    """Carry a job out, but write the task vector that is left instead of a checkpoint.
 
     Args:
         job: of `surgery.editing.job.plan`.
@@ -94,7 +94,7 @@ def extract(
 
 
 def _comparable(step: Step) -> bool:
-    """Whether the base's entries have the type of ft's, or can be cast to it."""
+    """Return whether the base has the dtype of ft, or can be cast to it."""
     return step.pre is not None and (step.ft.is_float or step.ft.dtype == step.pre.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Everything about a run that headers can tell: opened, paired, planned and checked, before any work."""
+"""Prepare a run before any work: open, pair, plan and check everything that headers tell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Job:
-    """Everything about a run that headers can tell, checked.
+    """A planned run, checked as far as headers allow.
 
     Attributes:
         steps: one for each tensor of ft, in the order of ft's files.
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def inputs(self) -> list[Path]:
-        """What must not be written to."""
+        """The files and folders that must not be written to."""
         return [path for checkpoint in (self.pair.pre, self.pair.ft, *self.others) for path in _inputs(checkpoint)]
 
 
@@ -165,7 +165,7 @@ def replan(job: Job, method: Method) -> Job:
 
 
 def beside(both: Pair) -> dict[str, Path | bytes]:
-    """What lies beside ft's weights for a loader, with pre's where ft's format has none of its own: name -> file or content.
+    """Return what a loader needs beside the weights, from ft, or from pre if ft's format has none: name -> file or content.
 
     Raises:
         CheckpointError: config.json is missing or damaged.
@@ -175,7 +175,7 @@ def beside(both: Pair) -> dict[str, Path | bytes]:
 
 
 def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
-    """What a loader needs beside the weights: ft's own, and pre's where ft's format has none."""
+    """Return the paths of the files that a loader needs beside the weights: ft's, or pre's if ft's format has none."""
     found = companions(ft.folder, only_known=ft.source.file is not None)
     if ft.format in BORROWING:
         found = companions(pre.folder, only_known=pre.source.file is not None) | found
@@ -185,7 +185,7 @@ def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
 
 
 def _resized(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
-    """pre's configuration with the size of ft's vocabulary, where it is pre's that goes with ft's weights."""
+    """Return pre's configuration with the size of ft's vocabulary, if pre's is the one to go with ft's weights."""
     config = read_json(copies[CONFIG])
     if both.ft.format not in BORROWING:
         return {}
@@ -208,14 +208,14 @@ def _resized(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
 
 
 def _inputs(checkpoint: Checkpoint) -> list[Path]:
-    """A checkpoint's folder and files, and what links in it lead to: the hub's cache, or elsewhere."""
+    """Return a checkpoint's folder and files, and the targets of its links, such as the hub's cache."""
     if checkpoint.source.file:
         return list(checkpoint.files.values())
     return [checkpoint.folder, *sorted(checkpoint.folder.iterdir()), *checkpoint.files.values()]
 
 
 def reading(step: Step) -> int:
-    """The bytes that a step reads, with every pass that it takes."""
+    """Return the number of bytes that a step reads, over all its passes."""
     base = step.pre.nbytes if step.pre else 0
     if isinstance(step.action, Prune):  # for the mean, for the threshold, for the output
         return (2 * step.ft.nbytes + 2 * base) + (base if step.action.uses_mean else 0)
@@ -235,7 +235,7 @@ def _default_out(ft: Checkpoint, label: str) -> Path:
 
 
 def identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[str]) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
+    """Return everything that must not change between a run and its resumption."""
     return {
         "version": provenance.versions()["surgery"],
         **stamps(job),
@@ -247,7 +247,7 @@ def identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[str
 
 
 def stamps(job: Job) -> dict[str, dict[str, list[Any]]]:
-    """Of each input ("pre", "ft", "ft 2", …), what is enough to notice other files without reading them."""
+    """Return for each input ("pre", "ft", "ft 2", …) a stamp that shows whether its files changed, without reading them."""
     checkpoints = {"pre": job.pair.pre, "ft": job.pair.ft}
     checkpoints |= {f"ft {number}": other for number, other in enumerate(job.others, start=2)}
     return {side: _stamp(checkpoint) for side, checkpoint in checkpoints.items()}

@@ -1,4 +1,4 @@
-"""How far the tensors of a pair are apart, as the lines of a report, in one pass: distances from pre, and checksums."""
+"""Measure in one pass how far the tensors of a pair are apart, as lines of a report: distances from pre, and checksums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.methods.actions import Keep, Step
 
 
 def moved(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """A line of the report for each tensor; its action is "trained", or "unchanged" where every value is pre's.
+    """Return a line of the report for each tensor; its action is "unchanged" if every value is pre's, else "trained".
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -42,7 +42,7 @@ def moved(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 
 def _result(step: Step, chunks: Chunks) -> Result:
-    """The checksum of a tensor, and where it has a base how far it went from there; rows that only ft has differ."""
+    """Return the checksum of a tensor, and its distance from its base if it has one; rows that only ft has count as different."""
     pre, ft, added = step.pre, step.shared, step.added
     if pre is None or not ft.is_float:
         return Result(checksum=checksum_of(ft, chunks.tick))

@@ -1,4 +1,4 @@
-"""What a run did, for people and for programs: surgery-report.json and the output's model card."""
+"""Describe a run: surgery-report.json for programs, and the output's model card for people."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def describe(step: Step, result: Result) -> dict[str, Any]:
 
 
 def summarize(lines: Iterable[dict[str, Any]]) -> Summary:
-    """Add up the lines of tensors that have a base."""
+    """Add up the lines of the tensors that have a base."""
     paired = [line for line in lines if line["differ"] is not None]
     ratios = [line for line in paired if line["distance_before"] is not None]
     return Summary(
@@ -89,13 +89,13 @@ def summarize(lines: Iterable[dict[str, Any]]) -> Summary:
 
 
 def by_category(lines: Sequence[dict[str, Any]]) -> dict[str, Summary]:
-    """A summary for each category that occurs."""
+    """Return a summary for each category that occurs."""
     groups = {category: [line for line in lines if line["category"] == category] for category in CATEGORIES}
     return {category: summarize(group) for category, group in groups.items() if group}
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """A summary with its shares."""
+    """Return a summary as JSON, with its shares."""
     return {
         "tensors": summary.tensors,
         "entries": summary.entries,
@@ -109,7 +109,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 
 def model_card(report: dict[str, Any], card_name: str) -> str:
-    """The output's README.md: a model card with its base model, what was done, and the command that did it."""
+    """Return the output's README.md: a model card with base models, method, results, and the command."""
     pre, ft, totals, others = report["pre"], report["ft"], report["totals"], report.get("others", [])
     # A card may name only hub ids; a local folder's own name has the form of one.
     bases = [json.dumps(source["repo"] or Path(source["folder"]).name) for source in (ft, *others, pre)]

@@ -100,7 +100,7 @@ def run(
 
 
 def documents(document: dict[str, Any], container: Container) -> dict[str, bytes]:
-    """The files that surgery itself writes beside the weights: report, model card, and the index where there is one."""
+    """Return the files that surgery itself writes beside the weights: report, model card, and the index of several shards."""
     files = {
         REPORT: dumps(document),
         "README.md": report.model_card(document, document["output"]).encode(errors="backslashreplace"),
@@ -113,7 +113,7 @@ def documents(document: dict[str, Any], container: Container) -> dict[str, bytes
 
 
 def engines(device: str, allow_nonfinite: bool) -> Callable[[Tick], Engine]:
-    """What makes a worker's engine on a device."""
+    """Return the function that makes a worker's engine on a device."""
     if device in ("auto", "cpu"):
         return lambda tick: CpuEngine(tick, allow_nonfinite=allow_nonfinite)
     from surgery.device import find_device
@@ -124,7 +124,7 @@ def engines(device: str, allow_nonfinite: bool) -> Callable[[Tick], Engine]:
 
 
 def report_of(job: Job, results: dict[str, dict[str, Any]], command: Sequence[str]) -> dict[str, Any]:
-    """The report of a job, from the `Result` of every tensor, as a dict."""
+    """Return the report of a job, from the `Result` of every tensor."""
     lines = [report.describe(step, Result(**results[step.ft.name])) for step in job.steps]
     notes = list(job.pair.notes)
     passed = [line["name"] for line in lines if line.get("nonfinite")]

@@ -34,7 +34,7 @@ FIELDS = ("name", "dtype", "shape", "action", "entries", "kept", "pruned", "diff
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A tensor of the checkpoint, its line of the report, and what it was made from, where that is at hand."""
+    """A tensor of the checkpoint, its line of the report, and its inputs, if those were given."""
 
     tensor: Tensor
     line: dict[str, Any]
@@ -134,7 +134,7 @@ def _inputs(pre: str | None, ft: str | None) -> tuple[dict[str, Tensor], dict[st
 
 
 def _fault(check: Check, tick: Tick) -> str | None:
-    """What is wrong with a tensor, None if nothing is."""
+    """Return what is wrong with a tensor, or None."""
     tensor, line = check.tensor, check.line
     if check.ft is not None and (check.ft.dtype, check.ft.shape) != (tensor.dtype, tensor.shape):
         return f"is {check.ft.dtype} {list(check.ft.shape)} in ft"

@@ -25,7 +25,7 @@ _MARK = "_half_frozen"
 
 @dataclass(frozen=True)
 class Freeze:
-    """What one round of half fine-tuning leaves alone.
+    """The tensors that one round of half fine-tuning freezes.
 
     Attributes:
         ratio, level, seed: as asked for.
@@ -49,7 +49,7 @@ class Freeze:
 def half_freeze(
     model: torch.nn.Module, ratio: float = 0.5, level: str = "category", seed: int = 0, also: Collection[str] = ()
 ) -> Freeze:
-    """Freeze a random half of the blocks' tensors, for one round; what the round before froze is trained again.
+    """Freeze a random half of the blocks' tensors for one round, and unfreeze those of the round before.
 
     Call it before the optimizer is made, or before each round: a frozen parameter has no gradient, and every optimizer leaves it
     alone. Parameters that the caller froze stay frozen.

@@ -1,4 +1,4 @@
-"""The inner loops of MoFO on a CPU, on chunks in place: numpy is the definition, the C twins in `kernels.c` give the same bits.
+"""The inner loops of MoFO on a CPU, in place on chunks, in numpy. The versions in `kernels.c` give the same bits.
 
 All numbers are float32, as is the arithmetic, one rounding an operation.
 """

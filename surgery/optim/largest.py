@@ -1,4 +1,4 @@
-"""Which entries have the k largest |scores|, exactly, ties to the lowest index.
+"""Find the entries with the k largest |scores| exactly; of tied entries, those with the lowest index.
 
 The answer is a threshold and a number of ties: chosen is an entry whose |score| is above the threshold, and among the first
 `ties` entries also one that is equal to it. A score that is NaN counts as −∞.
@@ -43,12 +43,12 @@ _DIGIT = 11  # bits of a number that one histogram resolves
 
 
 def slices(n: int) -> Iterator[slice]:
-    """n entries in chunks that stay in a processor's cache."""
+    """Divide n entries into chunks that fit a processor's cache."""
     return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
 
 
 def places(n: int) -> NDArray[np.int64]:
-    """Where to sample more than `SAMPLE` entries: [runs, entries of a run].
+    """Return the positions of a sample of a tensor with more than `SAMPLE` entries: [runs, entries of a run].
 
     Fewer than for pruning, where a second pass over the scores reads two files again; here they are in memory.
     """
@@ -58,7 +58,7 @@ def places(n: int) -> NDArray[np.int64]:
 
 
 def largest(search: Search, passed: list[Counted], scores: Floats, each: Each) -> tuple[np.float32, int]:
-    """The threshold and the ties of the k largest |scores|.
+    """Find the threshold of the k largest |scores|, and how many entries tied with it are chosen.
 
     Args:
         search: of the (n − k + 1)-th smallest |score|, 1 ≤ k < n, after its first bracket.
@@ -88,7 +88,7 @@ def _count(bracket: Bracket, scores: Floats) -> Counted:
 
 
 def _end_of_ties(scores: Floats, threshold: np.float32, wanted: int) -> int:
-    """How many entries must be passed to meet `wanted` that are tied with the threshold."""
+    """Return how many entries must be passed to find `wanted` ones that are tied with the threshold."""
     for at in slices(len(scores)):
         tied = np.isnan(scores[at]) if threshold == -np.inf else np.abs(scores[at]) == threshold
         places = np.flatnonzero(tied)
@@ -99,7 +99,7 @@ def _end_of_ties(scores: Floats, threshold: np.float32, wanted: int) -> int:
 
 
 def chosen(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest |scores| as a mask, found without a host's waiting for the device.
+    """Return a mask of the k largest |scores|, without the host waiting for the device.
 
     Args:
         scores: [n], floating point, any device.
@@ -112,7 +112,7 @@ def chosen(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def largest_of_pieces(scores: torch.Tensor, k: int, piece: Piece) -> tuple[float, int]:
-    """The threshold of the k largest |scores| of a whole tensor, and the ties within this process's piece.
+    """Find the threshold of the k largest |scores| of a whole tensor, and the ties chosen in this process's piece.
 
     Every process that holds a piece must call this at the same time. What they exchange is histograms, of 2¹¹ counts each: of the
     leading bits of the scores, then of the bits that follow, and of positions where only some of the tied entries are chosen.

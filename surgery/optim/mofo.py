@@ -37,7 +37,7 @@ _FLATTENED = ("_is_flat_param", "_fsdp_flattened", "ds_id")
 
 
 class MoFO(torch.optim.Optimizer):
-    """Adam that updates, of each tensor of n entries, the ⌈α·n⌉ of the largest momentum; all others keep their bits in that step.
+    """Adam that updates only the ⌈α·n⌉ entries with the largest momentum of a tensor of n entries; the others keep their bits.
 
     For parameters on any device, in float32, float64, bfloat16 or float16, whole or as DTensors (FSDP2, tensor parallelism): the
     filter is over the whole logical tensor, and the result is that of a single process. A parameter without a gradient is left
@@ -90,7 +90,7 @@ class MoFO(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with whatever arguments differ from the optimizer's."""
+        """Add a group of parameters, with the arguments that differ from the optimizer's."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -102,7 +102,7 @@ class MoFO(torch.optim.Optimizer):
         group["dims"] = [p.ndim for p in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict()` was taken; the moments keep their type beside parameters of 16 bits."""
+        """Restore the state of `state_dict()`. The moments keep their dtype, also for parameters of 16 bits."""
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for index, p in zip(saved, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
@@ -152,7 +152,7 @@ class MoFO(torch.optim.Optimizer):
     def _update(
         self, group: dict[str, Any], p: torch.Tensor, ordinal: int
     ) -> tuple[Update, Callable[[], object] | None]:
-        """What there is to do for a parameter, and how to put the result into one that is not contiguous."""
+        """Return the update of a parameter, and a function that copies the result into a parameter that is not contiguous."""
         if p.grad is None or p.grad.layout != torch.strided:
             raise OptionError("MoFO takes no sparse gradient; make the embedding with sparse=False.")
         state = self.state[p]
@@ -194,7 +194,7 @@ def how_many(alpha: float, n: int) -> int:
 
 
 def _in_threads(updates: list[Update]) -> None:
-    """Do all updates with as many threads as torch has: a large tensor's chunks at once, or else several tensors."""
+    """Do all updates with as many threads as torch has: on chunks of a large tensor at once, or on several tensors."""
     threads, entries = torch.get_num_threads(), sum(update.param.numel() for update in updates)
     if threads == 1 or entries <= CHUNK:
         for update in updates:
@@ -209,7 +209,7 @@ def _in_threads(updates: list[Update]) -> None:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
+    """Return the part of a tensor that this process holds."""
     return tensor.to_local() if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
@@ -234,7 +234,7 @@ def _check(group: dict[str, Any]) -> None:
 
 
 def _check_whole(group: dict[str, Any]) -> None:
-    """Raise OptionError where a wrapper has flattened the parameters: whole tensors cannot be filtered any more."""
+    """Raise OptionError if a wrapper has flattened the parameters, so that tensors cannot be told apart."""
     if [p.ndim for p in group["params"]] != group["dims"] or any(
         hasattr(p, mark) for p in group["params"] for mark in _FLATTENED
     ):

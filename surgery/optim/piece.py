@@ -1,4 +1,4 @@
-"""What this process holds of a tensor that is spread over several: FSDP2 (`fully_shard`) and tensor parallelism, as DTensor."""
+"""This process's part of a tensor sharded over processes, as DTensor: FSDP2 (`fully_shard`) and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Piece:
         return math.prod(self.whole)
 
     def positions(self, local: Words) -> Words:
-        """Where entries of the box lie in the whole: row-major indices to row-major indices, int64."""
+        """Map row-major indices in the box to row-major indices in the whole tensor, int64."""
         result, inner, outer = local * 0, 1, 1
         for whole, size, offset in zip(self.whole[::-1], self.shape[::-1], self.offset[::-1], strict=True):
             result = result + (local // inner % max(size, 1) + offset) * outer

@@ -1,4 +1,4 @@
-"""One tensor's share of a MoFO step: Adam's moments, the choice of entries, their descent.
+"""The MoFO step of one tensor: update Adam's moments, choose entries, and move them.
 
     m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²                                     (MoFO paper, Algorithm 1, lines 6–7)
     θ ← (1 − lr·λ)θ − lr · m̂ / (√v̂ + ε)  for the ⌈α·n⌉ entries of the largest score   (lines 8–13)
@@ -31,7 +31,7 @@ FUSED = ("cpu", "cuda", "mps", "xpu")
 
 @dataclass(frozen=True)
 class Update:
-    """What a step needs of one parameter. Tensors are flat, contiguous and what this process holds; all but param are m's dtype.
+    """The inputs of a step for one parameter. Tensors are flat, contiguous, this process's part, and all but param of m's dtype.
 
     Attributes:
         param, gradient: [n], floating point.
@@ -104,7 +104,7 @@ def on_cpu(update: Update, each: Each) -> None:
 
 
 def _advance(update: Update, each: Each) -> tuple[Floats, np.float32, int]:
-    """Move the moments on.
+    """Update the moments.
 
     Returns:
         The scores, [n], and the threshold and the ties of those that are chosen, as `optim.largest` has them.
@@ -149,7 +149,7 @@ def _advance(update: Update, each: Each) -> tuple[Floats, np.float32, int]:
 
 
 def _dithered(values: Floats, update: Update, at: slice) -> Array:
-    """Values as raw bfloat16, rounded by chance: a value that bfloat16 has stays as it is."""
+    """Round values to raw bfloat16 stochastically; values that bfloat16 can hold stay as they are."""
     bits = values.view(np.uint32)
     up = (update.noise(np.arange(at.start, at.stop), 1) >> 40 & 0xFFFF).astype(np.uint32)
     return (np.where(np.isfinite(values), bits + up, bits) >> 16).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""What holds a training near its start θ0: the penalties L1 and L2, and mixout.
+"""Keep a training near its start θ0: the penalties L1 and L2, and mixout.
 
     L1       λ ‖θ − θ0‖₁          gradient λ · sign(θ − θ0)
     L2       λ ‖θ − θ0‖₂²         gradient 2λ (θ − θ0)
@@ -53,7 +53,7 @@ class Anchor:
 
     @contextmanager
     def mixed(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the weights are mixed, and gradients reach only the entries that are θ's."""
+        """A context in which the weights are mixed, and gradients reach only the entries that are θ's."""
         if not self.mixout:
             yield
             return

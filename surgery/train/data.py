@@ -1,4 +1,4 @@
-"""Which rows a round trains on: some are held out, older ones are replayed."""
+"""Choose the rows of a round: hold some out for evaluation, and replay rows of earlier tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgery.errors import OptionError
 
 
 def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Deal rows at random into those to train on and those to evaluate on, at least one where share is above 0.
+    """Split rows at random into those to train on and those to evaluate on; at least one of the latter if share is above 0.
 
     Raises:
         OptionError: none would be left to train on.
@@ -24,7 +24,7 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
 
 
 def replayed(rows: list[Row], old: list[Row], ratio: float, seed: int) -> list[Row]:
-    """Rows with as many old ones behind them, drawn at random, that they are `ratio` of the whole.
+    """Append old rows, drawn at random, so that they make up the share `ratio` of the result.
 
     No old row comes twice before each has come once.
     """

@@ -1,4 +1,4 @@
-"""The model that is trained: a Hugging Face checkpoint in, the same kind of checkpoint out."""
+"""Load the model to train from a Hugging Face checkpoint, and write the result as one."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def load_tokenizer(folder: Path, *, chat: bool) -> PreTrainedTokenizerBase:
 
 
 def stored_types(checkpoint: Checkpoint, dtype: str | None) -> Callable[[str], torch.dtype]:
-    """What each parameter is written in, by its name: `dtype`, or where that is None what it is stored in now."""
+    """Return the dtype in which each parameter is written, by name: `dtype`, or if that is None its dtype in the start model."""
     stored = {tensor.name: torch_type(tensor.dtype) for tensor in checkpoint.tensors.values() if tensor.is_float}
     most = main_dtype(checkpoint.tensors.values())
     return lambda name: getattr(torch, dtype) if dtype else stored.get(name, most)
@@ -147,7 +147,7 @@ def save_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy what a loader needs beside the weights."""
+    """Copy the files that a loader needs beside the weights."""
     for name, path in companions(checkpoint.folder).items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How a run was started: by itself, by torchrun or by accelerate launch."""
+"""Find out how a run was started: directly, by torchrun or by accelerate launch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TORCHRUN = "torchrun --nproc-per-node N -m surgery train …"
 
 
 def find(*, fsdp: bool) -> tuple[int, int]:
-    """How many processes there are, and which one this is, from 0.
+    """Return the number of processes, and the rank of this one, from 0.
 
     Raises:
         OptionError: they were not started as a training here needs it.

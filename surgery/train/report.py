@@ -1,4 +1,4 @@
-"""What a training did: surgery-report.json, as every command writes it, surgery-train.yaml (for --config) and the model card."""
+"""Write the report of a training: surgery-report.json, surgery-train.yaml (its settings, for --config) and the model card."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def document(
     result: Path,
     command: Sequence[str],
 ) -> dict[str, Any]:
-    """The report, with the distance from the start model measured on what was written.
+    """Return the report, with distances from the start model measured on the files that were written.
 
     Its `pre` is the start model, from which `distance_before` is 0; there is no `ft`. Of a LoRA adapter, totals and categories
     tell of the model that it makes, and the lines of `tensors` of its own.
@@ -81,7 +81,7 @@ def continual(losses: list[list[float]]) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any], settings: Settings, result: Path) -> None:
-    """Put report, settings and model card beside the weights."""
+    """Write report, settings and model card beside the weights."""
     import yaml
 
     (result / REPORT).write_bytes(dumps(found))
@@ -92,7 +92,7 @@ def write(found: dict[str, Any], settings: Settings, result: Path) -> None:
 
 
 def _card(found: dict[str, Any], settings: Settings) -> str:
-    """A model card with its base model, what was done, and the command that did it."""
+    """Return a model card: base model, training, and the command."""
     model, totals = found["pre"], found["totals"]
     base = json.dumps(model["repo"] or Path(model["folder"]).name)
     relation = "adapter" if settings.keep_adapter else "finetune"

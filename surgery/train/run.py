@@ -1,4 +1,4 @@
-"""A training from the first check to the result: settings in, a checkpoint and its report out (`surgery train`)."""
+"""Run a training (`surgery train`), from the first check of the settings to the checkpoint and its report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observer:
-    """Whom a run tells what it does.
+    """The functions that a run calls to show its progress.
 
     Attributes:
         say: a sentence.
@@ -42,7 +42,7 @@ class Observer:
 
 @dataclass
 class Round:
-    """The data of one round, and what became of it."""
+    """The data of one round, and its results."""
 
     data: Data
     rows: list[Row]
@@ -228,7 +228,7 @@ class _Run:
         return self._keep(number, trainer)
 
     def _learn(self, number: int, trainer: Sft | Dpo) -> None:
-        """Train for a round, from where a run that broke off had come to."""
+        """Train for a round; a resumed run continues from the last saved step."""
         from transformers import TrainerState
 
         saved = self.work.saved(number) if self.work.resume else None
@@ -257,7 +257,7 @@ class _Run:
         return {**named, "tensors": list(choice.names)}
 
     def _keep(self, number: int, trainer: Sft | Dpo) -> PreTrainedModel:
-        """Write what a round made; returns the model for the next."""
+        """Write the weights of a round, and return the model for the next one."""
         import gc
 
         import torch
@@ -284,7 +284,7 @@ class _Run:
         return model  # type: ignore[no-any-return]
 
     def _whole(self, model: Any) -> Any:
-        """The model of weights that were shared out over processes, on each of them."""
+        """Gather weights that were sharded over processes into a whole model on each of them."""
         from surgery.train import sharding
         from surgery.train.model import load_model
         from surgery.train.trainer import lora
@@ -305,7 +305,7 @@ def _round(settings: Settings, name: str, observer: Observer) -> Round:
 
 
 def _mixed(rows: list[Row], old: list[Row], settings: Settings, seed: int) -> list[Row]:
-    """The rows of a round, with those that are replayed."""
+    """Return the rows of a round, with those that are replayed."""
     if not old:
         return rows
     if old[0].keys() != rows[0].keys():
@@ -316,12 +316,12 @@ def _mixed(rows: list[Row], old: list[Row], settings: Settings, seed: int) -> li
 
 
 def _with_prompt(rows: list[Row]) -> list[Row]:
-    """Plain text as a completion, so that it can stand beside prompts."""
+    """Turn plain text into a completion, so that it can be mixed with rows that have prompts."""
     return [{"prompt": "", "completion": row["text"]} if "text" in row else row for row in rows]
 
 
 def _score(trainer: Sft | Dpo, rows: list[Row]) -> float:
-    """The loss of a task's held-out answers."""
+    """Return the loss on a task's held-out answers."""
     from datasets import Dataset
 
     return float(trainer.evaluate(Dataset.from_list(rows))["eval_loss"])
@@ -344,7 +344,7 @@ def _template_error(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' own lines and bars off the terminal, and their telemetry off the network."""
+    """Silence the libraries' own messages, progress bars and telemetry."""
     import logging
     import warnings
 

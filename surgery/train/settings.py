@@ -1,4 +1,4 @@
-"""Every number that a person sets for a training run, with the papers' values, and the YAML file that can hold them.
+"""The settings of a training run, with the papers' values as defaults, and the YAML file that can hold them.
 
 MoFO E.1–E.2: 2 epochs of batches of 128 sequences of at most 1,024 tokens, learning rate 2e-5 (LoRA: 1e-4) with 3% warm-up and
 cosine decay, α = 15%. HFT A.2.1: half of the tensors frozen; DPO with learning rate 5e-7 and batches of 32.
@@ -168,7 +168,7 @@ class Settings:
         return HELD_OUT if self.multi else 0.0
 
     def parts(self, processes: int) -> tuple[int, int]:
-        """How a step's batch is cut: (sequences at once on each process, accumulation).
+        """How a step's batch is divided: (sequences at once on each process, accumulation).
 
         Raises:
             OptionError: it cannot be cut so.
@@ -188,14 +188,14 @@ class Settings:
         return share // parts, parts
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values under the options' names, defaults filled in."""
+        """Return plain values under the options' names, with defaults filled in."""
         values = dataclasses.asdict(self) | {"data": list(self.data), "out": str(self.out)}
         values |= {"lr": self.rate, "batch_size": self.batch, "hft": self.frozen, "eval_split": self.held_out}
         return {_option(name): value for name, value in values.items()}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file: field of `Settings` -> value.
+    """Read settings from a YAML file: field of `Settings` -> value.
 
     Raises:
         OptionError: it cannot be read, or holds an unknown key or a value of another type.

@@ -1,4 +1,4 @@
-"""Training with the weights shared out over processes: FSDP2, by accelerate's own plugin (`--fsdp`).
+"""Train with the weights sharded over processes, with FSDP2 through accelerate's plugin (`--fsdp`).
 
 Each process holds a part of every tensor, of its gradient and of the optimizer's state, and a layer is put together only while it
 computes. MoFO filters the whole logical tensor all the same (`surgery.optim`).
@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_di
 
 
 def allow_on_cpu() -> None:
-    """Let accelerate share out weights over CPUs too: to call between the trainer's arguments and the trainer.
+    """Let accelerate shard weights over CPUs too. Call it after making the trainer's arguments, and before the trainer.
 
     accelerate knows FSDP on accelerators only. Elsewhere it would go on with whole copies and not say so.
     """
@@ -32,7 +32,7 @@ def allow_on_cpu() -> None:
 
 
 def like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor that every process has, on the parameter's device and shared out as the parameter is."""
+    """Shard a tensor that every process has as the parameter is sharded, on the parameter's device."""
     if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
         return whole.to(parameter.device)
     moved = whole.to(parameter.device)
@@ -41,7 +41,7 @@ def like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def gather(model: nn.Module, into: PreTrainedModel) -> PreTrainedModel:
-    """Put the tensors together, one after the other, in another model of the same kind; every process must call it."""
+    """Gather the tensors, one after the other, into another model of the same kind. Every process must call this."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # an evaluation leaves some of them together

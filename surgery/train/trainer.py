@@ -1,4 +1,4 @@
-"""TRL's trainers with what a run here adds: no network, counts of what was cut, the pull towards θ0, a watch over the loss.
+"""TRL's trainers, with additions: no network, counts of truncated rows, the pull towards θ0, a stop when the loss is not finite.
 
 The training loop, the loss, the tokenising and the masking of prompts are TRL's and transformers' own.
 """
@@ -30,7 +30,7 @@ Advance = Callable[[int, int, dict[str, float]], None]
 
 
 class _Glue:
-    """What both trainers need beside TRL's.
+    """The additions that both trainers share.
 
     Attributes:
         cut: of each data set, rows longer than the limit: (truncated, dropped since nothing to learn was left).
@@ -41,10 +41,10 @@ class _Glue:
         super().__init__(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
-        """TRL would tell its authors of the run."""
+        """Do nothing: TRL would report the run to its authors."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The result gets a card of its own."""
+        """Do nothing: surgery writes a model card of its own."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.anchor is None:
@@ -89,7 +89,7 @@ class Dpo(_Glue, DPOTrainer):  # type: ignore[misc]
 
 
 class Watch(TrainerCallback):
-    """Stops a training whose loss or gradient is no number, before the trainer saves that state."""
+    """Stop a training whose loss or gradient is not finite, before the trainer saves that state."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
@@ -120,7 +120,7 @@ def build(
     seed: int,
     advance: Advance,
 ) -> Sft | Dpo:
-    """A trainer for one round.
+    """Make the trainer of one round.
 
     Args:
         reference: the start model again, for DPO on all weights.
@@ -199,7 +199,7 @@ def build(
 
 
 def optimizer(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The optimizer's class and what it is made with; the trainer adds the parameters and their weight decay."""
+    """Return the optimizer's class and arguments; the trainer adds the parameters and their weight decay."""
     if settings.optim == "mofo":
         from surgery.optim import MoFO
 
@@ -214,7 +214,7 @@ def optimizer(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str
 
 
 def lora(settings: Settings) -> Any:
-    """LoRA on every linear layer of the blocks, scaled by α / r = 2."""
+    """Return the configuration of LoRA on every linear layer of the blocks, scaled by α / r = 2."""
     if settings.lora is None:
         return None
     from peft import LoraConfig
@@ -236,7 +236,7 @@ def _check_left(dataset: Any, args: Any) -> None:
 
 
 def _check_tokens(dataset: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raise OptionError where the tokenizer is not the model's, whose embedding has so many rows."""
+    """Raise OptionError if the tokenizer does not fit the model's embedding, which has `rows` rows."""
     columns = [
         name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names
     ]

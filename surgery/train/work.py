@@ -1,4 +1,4 @@
-"""A training's hidden folder beside its output, `.NAME.surgery-train`: the result appears whole or not at all.
+"""The hidden folder of a training beside its output, `.NAME.surgery-train`, so that the result appears whole or not at all.
 
     settings.json    what the run is; the lock that keeps other runs out
     round-1/…        what the trainer saves to continue from (--save-every)
@@ -24,7 +24,7 @@ STATE = "trainer_state.json"
 
 
 class Work:
-    """The folder, from the first check to the result.
+    """The folder, used from the first check to the result.
 
     Args:
         out: the output folder, checked.
@@ -97,7 +97,7 @@ class Work:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def round(self, number: int) -> Path:
-        """Where the trainer of a round saves, rounds counted from 1."""
+        """The folder in which the trainer of a round saves; rounds are counted from 1."""
         return self.folder / f"round-{number}"
 
     def saved(self, number: int) -> Path | None:
@@ -115,7 +115,7 @@ class Work:
         return next((saved for number in reversed(rounds) if (saved := self.saved(number))), None)
 
     def finish(self) -> None:
-        """Let the result appear."""
+        """Move the result to the output."""
         with explained(self.folder):
             for path in sorted(self.result.rglob("*")):
                 if path.is_file():
@@ -128,7 +128,7 @@ class Work:
 
 
 def _complete(state: Path) -> bool:
-    """Whether the trainer wrote all of a state: this file comes last."""
+    """Whether the trainer wrote a whole state; it writes this file last."""
     try:
         return isinstance(json.loads(state.read_bytes()), dict)
     except (OSError, ValueError):
