@@ -104,7 +104,7 @@ def test_no_import_runs_upwards() -> None:
 
 
 def test_no_imports_go_in_circles() -> None:
-    assert circles(imports(ROOT)) == CIRCLES
+    assert circles(imports(ROOT)) <= CIRCLES
 
 
 @pytest.mark.parametrize(
