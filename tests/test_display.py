@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
-from surgery.display import PLAIN, Terminal, meter, new_progress, new_table, print_notes
+from surgery.display import PLAIN, Terminal, Words, meter, new_progress, new_table, print_notes
 
 ROOT = Path(__file__).parent.parent
 BAD = "\x1b[2J\x9b31m\u202e[bold]x[/bold]:smile:\r\n\tend"
@@ -72,7 +72,9 @@ def test_progress_is_shown_on_a_terminal_only(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with new_progress() as bar:
         bar.update(bar.add_task(BAD, total=2), advance=1)
-        (line,) = [bar.columns[0].render(task) for task in bar.tasks]
+        words = bar.columns[0]
+        assert isinstance(words, Words)
+        (line,) = [words.render(task) for task in bar.tasks]
     assert str(line) == r"\x1b[2J\x9b31m\u202e[bold]x[/bold]:smile:\r\n\tend"
     assert new_progress(silent=True).disable
 
