@@ -53,7 +53,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         code = app(args=arguments, prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
     except SurgeryError as error:
-        return _fail(str(error))
+        from surgery.commands.builder import with_flags
+
+        return _fail(with_flags(str(error)))
     except BrokenPipeError:
         raise
     except MemoryError:

@@ -20,10 +20,10 @@ def find_device(asked: str) -> torch.device:
     if asked == "cpu":
         return torch.device(asked)
     if not re.fullmatch(r"cuda(:[0-9]+)?", asked):
-        raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, not {asked!r}.")
+        raise OptionError(f"`device` must be auto, cpu, cuda or cuda:N, not {asked!r}.")
     if not torch.cuda.is_available():
-        raise OptionError("--device cuda: no CUDA device is available here. Use --device cpu.")
+        raise OptionError("`device` cuda: no CUDA device is available here. Use `device` cpu.")
     device = torch.device(asked)
     if device.index is not None and device.index >= torch.cuda.device_count():
-        raise OptionError(f"--device {asked}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0.")
+        raise OptionError(f"`device` {asked}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0.")
     return device

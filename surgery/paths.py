@@ -31,18 +31,18 @@ class OutFile:
     Args:
         path: where; a file that is there is replaced.
         endings: the endings it may have.
-        option: the option that names it, for messages.
+        name: the parameter that it is the value of, for messages.
 
     Raises:
         OutputError: it has another ending, is a folder, or cannot be created there.
     """
 
-    def __init__(self, path: Path, endings: tuple[str, ...], option: str) -> None:
-        self.path, self.option = expanded(path), option
+    def __init__(self, path: Path, endings: tuple[str, ...], name: str) -> None:
+        self.path, self.name = expanded(path), name
         if self.path.suffix.lower() not in endings:
-            raise OutputError(f"{option} {path}: the name must end in {' or '.join(endings)}.")
+            raise OutputError(f"`{name}` {path}: the name must end in {' or '.join(endings)}.")
         if self.path.is_dir():
-            raise OutputError(f"{option} {path}: is a folder. Give the name of a file.")
+            raise OutputError(f"`{name}` {path}: is a folder. Give the name of a file.")
         # In the same folder, so that the rename cannot fail where this does not.
         self.draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
@@ -69,4 +69,4 @@ class OutFile:
         self.draft.unlink(missing_ok=True)
 
     def _explain(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.option} {self.path}: cannot be written ({error.strerror}). Choose another place.")
+        return OutputError(f"`{self.name}` {self.path}: cannot be written ({error.strerror}). Choose another place.")

@@ -55,10 +55,10 @@ HEAT = "viridis"  # matplotlib's name for the colours of a heat map
 LONGEST = 60  # characters of a name
 
 
-def check_matplotlib(option: str = "--plot") -> None:
-    """Raise OptionError unless the pictures that an option asks for can be drawn."""
+def check_matplotlib(name: str = "plot") -> None:
+    """Raise OptionError unless the pictures that a parameter asks for can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(f"{option} needs matplotlib: pip install 'model-surgery[plot]'.")
+        raise OptionError(f"`{name}` needs matplotlib: pip install 'model-surgery[plot]'.")
 
 
 def render(figure: Figure, kind: str, *, embedded: bool = False) -> bytes:

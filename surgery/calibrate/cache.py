@@ -40,7 +40,7 @@ def save(path: Path, norms: Mapping[str, Norm], key: Mapping[str, Any]) -> None:
         tensors[f"{name}:tokens"] = np.asarray(norm.tokens, np.int64)
     transposed = [name for name, norm in norms.items() if norm.transposed]
     metadata = {"format": FORMAT, "key": json.dumps(dict(key), sort_keys=True), "transposed": json.dumps(transposed)}
-    with OutFile(path, ENDINGS, "--save-norms") as out:
+    with OutFile(path, ENDINGS, "save_norms") as out:
         out.write(encode(tensors, metadata))
 
 
@@ -58,16 +58,16 @@ def load(path: Path, key: Mapping[str, Any]) -> dict[str, Norm]:
         if stored.get(name) == value:
             continue
         if name == "weights":
-            raise OptionError(f"{path}: was made for other weights than these. Calibrate again with --calibration.")
+            raise OptionError(f"{path}: was made for other weights than these. Calibrate again with `calibration`.")
         raise OptionError(
             f"{path}: was made with {name} {json.dumps(stored.get(name))}, not {json.dumps(value)}. Calibrate again with "
-            "--calibration."
+            "`calibration`."
         )
     norms = {}
     for name in (full.removesuffix(":values") for full in tensors if full.endswith(":values")):
         values, tokens = tensors[f"{name}:values"], tensors.get(f"{name}:tokens")
         if tokens is None or not _fits(values, tokens):
-            raise OptionError(f"{path}: what it holds of {name} is damaged. Calibrate again with --calibration.")
+            raise OptionError(f"{path}: what it holds of {name} is damaged. Calibrate again with `calibration`.")
         counts = np.frombuffer(_bytes(tokens), "<i8").reshape(tokens.shape)
         norms[name] = Norm(
             np.frombuffer(_bytes(values), "<f4").reshape(values.shape),
@@ -90,9 +90,9 @@ def _open(path: Path) -> tuple[dict[str, Any], set[str], dict[str, Tensor]]:
     try:
         header = read_header(path)
     except CheckpointError as error:
-        raise OptionError(f"--norms {error}") from error
+        raise OptionError(f"`norms` {error}") from error
     if header.metadata.get("format") != FORMAT:
-        raise OptionError(f"{path}: holds no norms. Make them with --save-norms.")
+        raise OptionError(f"{path}: holds no norms. Make them with `save_norms`.")
     try:
         key, transposed = json.loads(header.metadata["key"]), json.loads(header.metadata["transposed"])
         sound = (
@@ -101,7 +101,7 @@ def _open(path: Path) -> tuple[dict[str, Any], set[str], dict[str, Tensor]]:
     except (KeyError, ValueError, RecursionError):
         sound = False
     if not sound:
-        raise OptionError(f"{path}: its metadata is damaged. Calibrate again with --calibration.")
+        raise OptionError(f"{path}: its metadata is damaged. Calibrate again with `calibration`.")
     return key, set(transposed), header.tensors
 
 

@@ -127,7 +127,7 @@ def measure(
     except Exception as error:
         if out_of_memory(error):
             raise OptionError(
-                "The calibration does not fit into memory. Give fewer --samples, a shorter --seq-len, or --device cpu."
+                "The calibration does not fit into memory. Give fewer `samples`, a shorter `seq_len`, or `device` cpu."
             ) from error
         raise CheckpointError(
             f"{folder}: transformers cannot run {type(model).__name__} on text ({reason(error)}). Use a method that needs no "

@@ -5,50 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from surgery.calibrate import cache
+from surgery.calibrate.options import Calibration
 from surgery.checkpoint.checksum import weights_fingerprint
 from surgery.checkpoint.pair import some
 from surgery.checkpoint.source import BORROWING
 from surgery.editing.job import Job, replan
-from surgery.errors import OptionError
 from surgery.methods.actions import PruneRows
 from surgery.methods.wanda import Norm, Wanda
 from surgery.paths import OutFile
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Where norms come from: `text` to measure them on, or a `file` in which they were saved, or both, which have to agree.
-
-    Args:
-        samples, length, seed, text_field: of the samples; see `surgery.calibrate.text.samples`.
-        batch: samples in one forward pass.
-        save: a file to keep the norms in.
-
-    Raises:
-        OptionError: there is neither a text nor a file.
-    """
-
-    text: str | None
-    file: Path | None = None
-    save: Path | None = None
-    samples: int = 128
-    length: int = 2048
-    seed: int = 0
-    text_field: str | None = None
-    batch: int = 1
-
-    def __post_init__(self) -> None:
-        if self.text is None and self.file is None:
-            raise OptionError("Give a text with --calibration, or norms that were saved with --norms.")
-        if self.batch < 1:
-            raise OptionError(f"--batch-size must be 1 or more, not {self.batch}.")
 
 
 def activations(job: Job, calibration: Calibration) -> int:
@@ -58,7 +29,7 @@ def activations(job: Job, calibration: Calibration) -> int:
     from surgery.model.weights import main_dtype
 
     config = read_config(_folder(job))
-    length = min(calibration.length, max_positions(config) or calibration.length)
+    length = min(calibration.seq_len, max_positions(config) or calibration.seq_len)
     return activation_bytes(config, calibration.samples, length, main_dtype(job.pair.ft.tensors.values()))
 
 
@@ -88,22 +59,22 @@ def _input_norms(
 
     ft, folder = job.pair.ft, _folder(job)
     with ExitStack() as stack:
-        if calibration.save:  # refuse a bad place before the work
-            stack.enter_context(OutFile(calibration.save, cache.ENDINGS, "--save-norms"))
+        if calibration.save_norms:  # refuse a bad place before the work
+            stack.enter_context(OutFile(calibration.save_norms, cache.ENDINGS, "save_norms"))
     tokens, about = None, dict[str, Any]()
-    if calibration.text is not None:
+    if calibration.calibration is not None:
         tokens, about = text.samples(
-            calibration.text,
+            calibration.calibration,
             folder,
             count=calibration.samples,
-            length=calibration.length,
+            length=calibration.seq_len,
             seed=calibration.seed,
             text_field=calibration.text_field,
         )
         job.pair.notes.extend(about.pop("notes"))
-    if calibration.file is not None:
+    if calibration.norms is not None:
         key = {"weights": weights_fingerprint(ft)} | {name: about[name] for name in ("tokens_sha256",) if about}
-        norms, about = cache.load(calibration.file, key), cache.stored_key(calibration.file)
+        norms, about = cache.load(calibration.norms, key), cache.stored_key(calibration.norms)
     else:
         assert tokens is not None
         checksums: dict[str, str] = {}
@@ -112,13 +83,13 @@ def _input_norms(
             folder,
             tokens,
             device=find_device(device),
-            batch=calibration.batch,
+            batch=calibration.batch_size,
             advance=advance,
             checksums=checksums,
         )
         about["weights"] = weights_fingerprint(ft, checksums)
-    if calibration.save:
-        cache.save(calibration.save, norms, about)
+    if calibration.save_norms:
+        cache.save(calibration.save_norms, norms, about)
     digest = hashlib.sha256(b"".join(norms[name].values.tobytes() for name in sorted(norms))).hexdigest()
     return norms, about | {"norms_sha256": digest}
 

@@ -68,7 +68,7 @@ def samples(
         HubError: the data set cannot be fetched.
     """
     if count < 1 or length < 2:
-        raise OptionError("--samples must be at least 1 and --seq-len at least 2.")
+        raise OptionError("`samples` must be at least 1 and `seq_len` at least 2.")
     most = max_positions(read_config(folder))
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = 1 << 62  # else it warns of long documents
@@ -81,7 +81,7 @@ def samples(
     if not found:
         raise OptionError(
             f"{calibration}: holds {len(stream):,} tokens, fewer than one sample of {length:,}. Give more text or a smaller "
-            "--seq-len."
+            "`seq_len`."
         )
     if found < count:
         notes.append(f"{calibration} holds {len(stream):,} tokens: {found} samples instead of {count}.")
@@ -144,18 +144,18 @@ def _piece(where: str, record: Any, field: str | None, tokenizer: PreTrainedToke
     if isinstance(record, str) and field is None:
         return Piece(record)
     if not isinstance(record, dict):
-        raise OptionError(f"{where}: is no record with fields. Give --calibration records with a field of text.")
+        raise OptionError(f"{where}: is no record with fields. Give `calibration` records with a field of text.")
     wanted = field or next((name for name in FIELDS if name in record), None)
     if wanted is None or wanted not in record:
         there = ", ".join(map(str, record)) or "none"
-        raise OptionError(f"{where}: has no field {field or 'text or messages'}. Name one with --text-field: {there}.")
+        raise OptionError(f"{where}: has no field {field or 'text or messages'}. Name one with `text_field`: {there}.")
     value = record[wanted]
     if isinstance(value, str):
         return Piece(value)
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         return Piece(_render(where, value, tokenizer), rendered=True)
     raise OptionError(
-        f"{where}: field {wanted} holds neither text nor chat messages. Name another one with --text-field."
+        f"{where}: field {wanted} holds neither text nor chat messages. Name another one with `text_field`."
     )
 
 

@@ -41,7 +41,7 @@ def split(tensors: Mapping[str, Tensor], max_shard_size: str) -> Container:
     from huggingface_hub import split_state_dict_into_shards_factory
 
     if not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB|TB)", max_shard_size.upper()):
-        raise OptionError(f"--max-shard-size takes a size such as 5GB or 500MB, not {max_shard_size!r}.")
+        raise OptionError(f"`max_shard_size` takes a size such as 5GB or 500MB, not {max_shard_size!r}.")
     parts = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda tensor: tensor.nbytes,

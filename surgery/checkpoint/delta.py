@@ -128,7 +128,7 @@ class DeltaDraft:
             if not lock(held.fileno()) or not same_file(held.fileno(), self.folder / LOCK):
                 held.close()
                 raise OutputError(
-                    f"{self.out}: another surgery run is writing it. Wait for it or choose another --out."
+                    f"{self.out}: another surgery run is writing it. Wait for it or choose another `out`."
                 )
             self.locked = held
             for leftover in self.folder.iterdir():
@@ -181,7 +181,7 @@ class DeltaDraft:
                 size = file.tell()
             with uninterrupted():
                 if self.out.exists() and not self.replace:
-                    raise OutputError(f"{self.out}: appeared while surgery worked. Choose another --out.")
+                    raise OutputError(f"{self.out}: appeared while surgery worked. Choose another `out`.")
                 made.replace(self.out)
                 with contextlib.suppress(OSError):
                     sync_folder(self.out.parent)

@@ -171,7 +171,7 @@ class Draft:
         journal = path.open("a+b")
         if not lock(journal.fileno()) or not same_file(journal.fileno(), path):
             journal.close()
-            raise OutputError(f"{self.out}: another surgery run is writing it. Wait for it or choose another --out.")
+            raise OutputError(f"{self.out}: another surgery run is writing it. Wait for it or choose another `out`.")
         self.journal, self.locked = journal, True
         self.journal.seek(0)
         lines = self.journal.read().split(b"\n")
@@ -186,8 +186,8 @@ class Draft:
                 self.journal.close()
                 self.locked = False
                 raise OutputError(
-                    f"{self.out}: --resume needs the run that was stopped, but this one differs in "
-                    f"{', '.join(sorted(changed))}. Repeat that command, or start afresh without --resume."
+                    f"{self.out}: `resume` needs the run that was stopped, but this one differs in "
+                    f"{', '.join(sorted(changed))}. Repeat that command, or start afresh without `resume`."
                 )
             self.identity = found
             self.done = {name: record for name, record in records.items() if name in self.places}
@@ -205,7 +205,7 @@ class Draft:
         if needed > free + written:
             raise OutputError(
                 f"{self.out}: the disk has {free + written:,} bytes free, the output needs {needed:,}. Make room or choose "
-                "another --out."
+                "another `out`."
             )
         for name, size in self.sizes.items():
             os.ftruncate(self.files[name], size)

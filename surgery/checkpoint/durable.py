@@ -96,12 +96,12 @@ def explain(error: OSError, folder: Path) -> OutputError:
     """An operating system's error while writing, as a sentence with a way out."""
     where = error.filename or folder
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{folder}: the disk is full. Make room or choose another --out; nothing was left behind.")
+        return OutputError(f"{folder}: the disk is full. Make room or choose another `out`; nothing was left behind.")
     if error.errno == errno.EFBIG:
         return OutputError(
-            f"{where}: the file system, or a limit (ulimit -f), allows no file as large. Choose another --out; nothing was left "
+            f"{where}: the file system, or a limit (ulimit -f), allows no file as large. Choose another `out`; nothing was left "
             "behind."
         )
     if isinstance(error, PermissionError):
-        return OutputError(f"{where}: no permission to write there. Choose another --out.")
+        return OutputError(f"{where}: no permission to write there. Choose another `out`.")
     return OutputError(f"{where}: {error.strerror or error}. Nothing was left behind.")

@@ -20,14 +20,14 @@ def check_file(out: Path, inputs: Sequence[Path], *, force: bool) -> Path:
     for path in inputs:
         taken = Path(os.path.realpath(path))
         if real == taken or taken in real.parents:
-            raise OutputError(f"{out}: is in the input {path}, which is never written to. Choose another --out.")
+            raise OutputError(f"{out}: is in the input {path}, which is never written to. Choose another `out`.")
     if real.is_dir():
-        raise OutputError(f"{out}: is a folder, and the task vector is a file. Choose another --out.")
+        raise OutputError(f"{out}: is a folder, and the task vector is a file. Choose another `out`.")
     if real.exists() and not force:
-        raise OutputError(f"{out}: exists already. Replace it with --force or choose another --out.")
+        raise OutputError(f"{out}: exists already. Replace it with `force` or choose another `out`.")
     if real.suffix != ".safetensors":
         raise OutputError(
-            f"{out}: the task vector is a safetensors file. Give --out a name that ends with .safetensors."
+            f"{out}: the task vector is a safetensors file. Give `out` a name that ends with .safetensors."
         )
     return real
 
@@ -41,34 +41,34 @@ def check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> Path:
     try:
         out = Path(os.path.realpath(out.expanduser()))
     except RuntimeError:
-        raise OutputError(f"{out}: there is no such user. Choose another --out.") from None
+        raise OutputError(f"{out}: there is no such user. Choose another `out`.") from None
     for folder in inputs:
         real = Path(os.path.realpath(folder))
         if out == real or real in out.parents:
             raise OutputError(
-                f"{out}: the output is inside the input {folder}, which is never written to. Choose another --out."
+                f"{out}: the output is inside the input {folder}, which is never written to. Choose another `out`."
             )
         if out in real.parents:
-            raise OutputError(f"{out}: the output contains the input {folder}. Choose another --out.")
+            raise OutputError(f"{out}: the output contains the input {folder}. Choose another `out`.")
     if not out.exists():
         if _old(out).exists() and not force:
             raise OutputError(
                 f"{out}: a run was killed while it replaced this checkpoint, which is now {_old(out)}. Rename that back, or "
-                "replace it with --force."
+                "replace it with `force`."
             )
         return out
     if not out.is_dir():
-        raise OutputError(f"{out}: is a file. Choose another --out.")
+        raise OutputError(f"{out}: is a file. Choose another `out`.")
     if not force:
-        raise OutputError(f"{out}: exists already. Replace it with --force or choose another --out.")
+        raise OutputError(f"{out}: exists already. Replace it with `force` or choose another `out`.")
     names = os.listdir(out)  # noqa: PTH208
     if names and not any(name == REPORT or name.endswith((".safetensors", ".bin")) for name in names):
         raise OutputError(
-            f"{out}: --force replaces only a checkpoint, and this folder holds none. Choose another --out."
+            f"{out}: `force` replaces only a checkpoint, and this folder holds none. Choose another `out`."
         )
     inner = next((name for name in sorted(names) if name.startswith("checkpoint-") and (out / name).is_dir()), None)
     if inner:
-        raise OutputError(f"{out}: holds {inner} of a training run, which --force would delete. Choose another --out.")
+        raise OutputError(f"{out}: holds {inner} of a training run, which `force` would delete. Choose another `out`.")
     return out
 
 
@@ -89,7 +89,7 @@ def appear(folder: Path, out: Path, *, replace: bool) -> Path:
     old = _old(out)
     if out.exists():
         if not replace:
-            raise OutputError(f"{out}: appeared while surgery worked. Choose another --out.")
+            raise OutputError(f"{out}: appeared while surgery worked. Choose another `out`.")
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     try:

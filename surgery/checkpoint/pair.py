@@ -66,7 +66,7 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
             uneven += note
     if strict and uneven:
         raise PairError(
-            f"{uneven[0][:-1]}, and --strict allows no such difference between {pre.folder} and {ft.folder}."
+            f"{uneven[0][:-1]}, and `strict` allows no such difference between {pre.folder} and {ft.folder}."
         )
     notes += uneven
     items = [Item(tensor, base.get(name), place(name)) for name, tensor in ft.tensors.items()]
@@ -98,13 +98,13 @@ def likes(first: Pair, other: Pair, names: Collection[str]) -> tuple[dict[str, T
         tensor = found.get((item.pre.name, item.place.category))
         if tensor is None:
             raise PairError(
-                f"{item.ft.name} is in {first.ft.folder} but not in {other.ft.folder}: leave it out with --exclude, or merge "
+                f"{item.ft.name} is in {first.ft.folder} but not in {other.ft.folder}: leave it out with `exclude`, or merge "
                 "models that have the same tensors."
             )
         if tensor.shape != item.ft.shape:
             raise PairError(
                 f"{item.ft.name} has shape {list(item.ft.shape)} in {item.ft.path} and {list(tensor.shape)} in {tensor.path}: "
-                "leave it out with --exclude, or merge models of one vocabulary."
+                "leave it out with `exclude`, or merge models of one vocabulary."
             )
         taken[item.ft.name] = tensor if tensor.shape == item.pre.shape else tensor.rows(0, item.pre.shape[0])
     held = {item.ft.name for item in first.items} | {
@@ -165,7 +165,7 @@ def _shared_rows(pre: Tensor, ft: Tensor) -> tuple[Tensor, list[str]]:
     if not (vocabulary and ft.shape and pre.shape and ft.shape[1:] == pre.shape[1:] and pre.shape[0] and ft.shape[0]):
         raise PairError(
             f"{ft.name} has shape {list(ft.shape)} in {ft.path} and {list(pre.shape)} in {pre.path}. The two must be the same "
-            "model: check --pre."
+            "model: check `pre`."
         )
     shared, more = min(pre.shape[0], ft.shape[0]), ft.shape[0] - pre.shape[0]
     fate = f"{more:,} more in ft: kept as they are" if more > 0 else f"{-more:,} more in pre: left out, as in ft"

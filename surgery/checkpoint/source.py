@@ -59,7 +59,7 @@ def open_both(pre: str, *tuned: str) -> tuple[Checkpoint, list[Checkpoint]]:
     base_format = weights_of(base).format
     if base_format == ADAPTER:
         raise CheckpointError(
-            f"{base.folder}: is an adapter, so it cannot be --pre. Give the model that it was made for."
+            f"{base.folder}: is an adapter, so it cannot be `pre`. Give the model that it was made for."
         )
     if base_format == GGUF:
         if choices[0].format in DEPENDENT:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.commands import compare, delta, demo, diff, edit, sweep, train, wanda
+from surgery.commands import compare, delta, demo, diff, edit, sweep, train
 from surgery.provenance import VERSION
 
 app = typer.Typer(
@@ -37,7 +37,6 @@ def _root(
 
 diff.register(app)
 edit.register(app)
-wanda.register(app)
 delta.register(app)
 compare.register(app)
 sweep.register(app)

@@ -1,39 +1,42 @@
 """The command that scores checkpoints: compare."""
 
+from __future__ import annotations
+
 import sys
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
 
 import typer
 
-from surgery.commands.edit import Pre
-from surgery.commands.scoring import AsJson, Ft, Report, scoring_command
+from surgery.commands.builder import command
+from surgery.commands.shared import Pair, Shown
 from surgery.errors import CheckpointError
+from surgery.evaluation.scoring import Scoring
+from surgery.option import option
 
-if TYPE_CHECKING:
-    from surgery.evaluation.scoring import Scoring
+
+@dataclass(frozen=True)
+class Others:
+    """Models beside the pair."""
+
+    checkpoints: tuple[str, ...] = option(
+        (),
+        help="Further models: folders, hub ids, adapters, or task vectors of surgery extract. NAME=CKPT names a row.",
+        metavar="CKPT",
+        argument=True,
+    )
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("compare")(scoring_command(_compare))
+    command(
+        app,
+        "compare",
+        [Pair, Others, Shown, Scoring],
+        _compare,
+    )
 
 
-def _compare(
-    pre: Pre,
-    ft: Ft,
-    checkpoints: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CKPT",
-            help="Further models: folders, hub ids, adapters, or task vectors of surgery extract. NAME=CKPT names a row.",
-            show_default=False,
-        ),
-    ] = None,
-    report: Report = None,
-    as_json: AsJson = False,
-    *,
-    scoring: "Scoring",
-) -> None:
+def _compare(pair: Pair, others: Others, shown: Shown, scoring: Scoring) -> None:
     """Score models on the fine-tuned task and on general ability: which forgets less at the same task score?
 
     Kept is the task's score as a share of ft's; forgot is pre's average of the general scores less the model's. Losses and
@@ -44,12 +47,12 @@ def _compare(
     from surgery.comparison.folder import Folder
     from surgery.evaluation.subject import open_subjects
 
-    folder = Folder(report) if report else None
-    subjects = open_subjects(pre, ft, checkpoints or ())
+    folder = Folder(shown.report) if shown.report else None
+    subjects = open_subjects(pair.pre, pair.ft, others.checkpoints)
     tasks, general = scoring.measures()
     with scoring_progress(len(subjects)) as observe:
         document = compare(subjects, tasks, general, scoring, command=["surgery", *sys.argv[1:]], observe=observe)
-    show(document, folder, as_json=as_json)
+    show(document, folder, as_json=shown.as_json)
     if document["stopped"]:
         raise KeyboardInterrupt
     if document["failed"]:

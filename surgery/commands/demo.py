@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+
+from surgery.commands.builder import command
+from surgery.option import option
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where the demo goes."""
+
+    out: Path = option(Path("surgery-demo"), help="Folder for the models and the numbers.")
+    seed: int = option(0, help="Of the models, the data and the training.")
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("demo")(_demo)
+    command(
+        app,
+        "demo",
+        [Demo],
+        _demo,
+    )
 
 
-def _demo(
-    out: Annotated[Path, typer.Option(help="Folder for the models and the numbers.")] = Path("surgery-demo"),
-    seed: Annotated[int, typer.Option(help="Of the models, the data and the training.")] = 0,
-) -> None:
+def _demo(asked: Demo) -> None:
     """Train a small model, fine-tune it until it forgets, repair it with each method, and show what was measured.
 
     Offline, in about three minutes. Needs transformers: pip install 'model-surgery\\[demo]'.
@@ -24,7 +38,7 @@ def _demo(
     from surgery.demo.run import demo
     from surgery.display import new_console
 
-    demo(out, new_console(), _edit, seed)
+    demo(asked.out, new_console(), _edit, asked.seed)
 
 
 def _edit(pre: Path, ft: Path, out: Path, method: str, **options: Any) -> dict[str, Any]:
@@ -35,7 +49,8 @@ def _edit(pre: Path, ft: Path, out: Path, method: str, **options: Any) -> dict[s
     text = options.pop("calibration", None)
     job = prepare(pre, ft, METHODS[method](**options), out=out)
     if text is not None:
-        from surgery.calibrate.run import Calibration, calibrated
+        from surgery.calibrate.options import Calibration
+        from surgery.calibrate.run import calibrated
 
         job = calibrated(job, Calibration(str(text)), device="cpu", advance=lambda done, total: None)
     return run(job)

@@ -1,51 +1,50 @@
 """The command that measures a pair and writes nothing to it: diff."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from surgery.commands.builder import command
+from surgery.commands.shared import FT, PRE
+from surgery.option import option
 
 if TYPE_CHECKING:
     from surgery.checkpoint.pair import Pair
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is measured, and where it goes."""
+
+    pre: str = option(help=PRE)
+    ft: str = option(help=f"{FT[:-1]}, or what surgery made of one.")
+    tensor: str | None = option(None, metavar="NAME", help="Look at this tensor alone.")
+    plot: Path | None = option(
+        None,
+        metavar="FILE",
+        help="Draw to FILE.png, .svg or .pdf: the heat map of layers and modules, or with --tensor the four panels |W|, |Δ|, "
+        "|Δ| / |W| and FAPM's score. Needs matplotlib.",
+    )
+    csv: Path | None = option(None, metavar="FILE", help="Write one line for each tensor to FILE.csv.")
+    as_json: bool = option(False, flag="--json", help="Print everything as JSON, each tensor too.")
+    workers: int | None = option(None, help="Threads.", shown="one for each core, at most 8")
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("diff")(_diff)
+    command(
+        app,
+        "diff",
+        [Asked],
+        _diff,
+    )
 
 
-def _diff(
-    pre: Annotated[
-        str,
-        typer.Option(
-            help="The pre-trained model: a folder, a file, or a hub id with an optional @revision.", show_default=False
-        ),
-    ],
-    ft: Annotated[
-        str,
-        typer.Option(
-            help="The fine-tuned model or LoRA adapter, likewise, or what surgery made of one.", show_default=False
-        ),
-    ],
-    tensor: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Look at this tensor alone.", show_default=False)
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Draw to FILE.png, .svg or .pdf: the heat map of layers and modules, or with --tensor the four panels |W|, |Δ|, "
-            "|Δ| / |W| and FAPM's score. Needs matplotlib.",
-            show_default=False,
-        ),
-    ] = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write one line for each tensor to FILE.csv.", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, each tensor too.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Threads.", show_default="one for each core, at most 8")] = None,
-) -> None:
+def _diff(asked: Asked) -> None:
     """Show where fine-tuning went: what is unchanged, and how far the rest moved, by category and by layer.
 
     ‖Δ‖/‖W‖ is of all entries together, D its mean over tensors. Quantiles are within 1/256 of themselves; of a tensor of 2^18
@@ -60,30 +59,30 @@ def _diff(
     from surgery.engines.stream import workers as count_workers
     from surgery.paths import OutFile
 
-    count_workers(workers)
-    if plot:
+    count_workers(asked.workers)
+    if asked.plot:
         from surgery.pictures import ENDINGS, check_matplotlib
 
         check_matplotlib()
     with ExitStack() as places:
-        table = places.enter_context(OutFile(csv, (".csv",), "--csv")) if csv else None
-        picture = places.enter_context(OutFile(plot, ENDINGS, "--plot")) if plot else None
-        both = prepare(pre, ft)
-        tensors = [select(both, tensor)] if tensor else comparable(both)
+        table = places.enter_context(OutFile(asked.csv, (".csv",), "csv")) if asked.csv else None
+        picture = places.enter_context(OutFile(asked.plot, ENDINGS, "plot")) if asked.plot else None
+        both = prepare(asked.pre, asked.ft)
+        tensors = [select(both, asked.tensor)] if asked.tensor else comparable(both)
         with progress(sum(each.nbytes for each in tensors)) as advance:
-            document = measure(both, tensors, workers=workers, advance=advance)
+            document = measure(both, tensors, workers=asked.workers, advance=advance)
         written = []
         if table:
             table.write(as_csv(document))
             written.append(f"Wrote {table.path}")
         if picture:
-            picture.write(_draw(both, document, tensor, picture.path.suffix.lower()[1:]))
+            picture.write(_draw(both, document, asked.tensor, picture.path.suffix.lower()[1:]))
             written.append(f"Wrote {picture.path}")
-    show = show_tensor if tensor else show_diff
-    show(document, written, as_json=as_json)
+    show = show_tensor if asked.tensor else show_diff
+    show(document, written, as_json=asked.as_json)
 
 
-def _draw(both: "Pair", document: dict[str, Any], tensor: str | None, kind: str) -> bytes:
+def _draw(both: Pair, document: dict[str, Any], tensor: str | None, kind: str) -> bytes:
     from surgery.diff.plot import four_panels, heat_map
     from surgery.pictures import render
 

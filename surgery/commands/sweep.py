@@ -1,165 +1,132 @@
 """The command that scores methods at many settings, without writing them: sweep."""
 
+from __future__ import annotations
+
 import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from surgery.commands.edit import AllowNonfinite, Exclude, Include, Pre, Rest, ScopeName, Strict, make_scope
-from surgery.commands.scoring import AsJson, Ft, Report, scoring_command
+from surgery.calibrate.options import Calibration
+from surgery.commands.builder import command
+from surgery.commands.shared import FORCE, Checks, Pair, Shown
 from surgery.errors import OptionError
+from surgery.evaluation.scoring import Scoring
+from surgery.methods import METHODS
+from surgery.option import Declared, Option, chosen, declared_options, flag, option, united
 
 if TYPE_CHECKING:
     from surgery.comparison.sweep import Edits
-    from surgery.evaluation.scoring import Scoring
+    from surgery.editing.job import Job
     from surgery.methods import Method
 
 SETTINGS, CHOICE = "Settings", "Choice"
-# Methods that each option of a setting is for, and what is tried where it is not given.
-USED = {
-    "sparsity": (("fapm", "magnitude", "wanda", "ties"), "0.5:0.95:0.05"),
-    "drop_rate": (("dare",), "0.5:0.9:0.1"),
-    "ratio": (("half-reset",), "0.25:0.75:0.25"),
-    "seed": (("half-reset", "dare"), "0"),
-    "ratios": (("hma",), "0.1:0.9:0.1"),
-    "calibration": (("wanda",), None),
-    "samples": (("wanda",), None),
-    "norms": (("wanda",), None),
-}
 
 
-def _setting(name: str, text: str) -> typer.models.OptionInfo:
-    default = USED[name][1] or False
-    found: typer.models.OptionInfo = typer.Option(help=text, show_default=default, rich_help_panel=SETTINGS)
-    return found
+@dataclass(frozen=True)
+class Methods:
+    """What is tried."""
+
+    method: str = option("fapm,magnitude,hma", help=f"{', '.join(METHODS)}: one, or several with commas.")
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """Whether one setting is chosen, and where it goes."""
+
+    choose: str | None = option(
+        None,
+        help='Find the setting within "forgetting<=0.01" that keeps most of the task, or within "retention>=0.99" that '
+        "forgets least. Along one number of one method by bisection, where the scores are monotone enough.",
+        panel=CHOICE,
+    )
+    out: Path | None = option(None, help="Write the chosen checkpoint to this folder.", panel=CHOICE)
+    force: bool = option(False, help=FORCE, panel=CHOICE)
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("sweep")(scoring_command(_sweep))
+    texts = chosen(Calibration, ("calibration", "samples", "norms"), panel=SETTINGS)
+    kinds = [*METHODS.values(), texts]
+    command(
+        app,
+        "sweep",
+        [Pair, Methods, united(kinds, changed=_words), Choosing, Checks, Shown, Scoring],
+        _sweep,
+    )
+
+
+def _words(one: Declared, having: Sequence[type]) -> Option:
+    """How an option of some methods reads in a sweep."""
+    names = [str(kind.name) for kind in having if hasattr(kind, "name")]
+    of = f"Of {', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else f"Of {names[0] if names else 'wanda'}"
+    if one.option.swept is None:
+        return replace(one.option, help=f"{of}: {one.option.help}", panel=SETTINGS)
+    tried = "numbers with commas, or first:last:step."
+    if one.option.parse is not None:
+        words = "".join(f", or [b]{name}[/b], those of the paper" for name in one.option.swept.named)
+        tried = f"one setting, or a range first:last:step of single numbers{words}. Repeatable."
+    return replace(
+        one.option, help=f"{of}: {tried}", panel=SETTINGS, shown=one.option.swept.grid, parse=None, tried=True
+    )
 
 
 def _sweep(
-    pre: Pre,
-    ft: Ft,
-    method: Annotated[
-        str, typer.Option(help="fapm, magnitude, wanda, half-reset, hma, ties, dare: one, or several with commas.")
-    ] = "fapm,magnitude,hma",
-    sparsity: Annotated[
-        str | None,
-        _setting("sparsity", "Of fapm, magnitude, wanda and ties: numbers with commas, or first:last:step."),
-    ] = None,
-    drop_rate: Annotated[str | None, _setting("drop_rate", "Of dare, likewise.")] = None,
-    ratio: Annotated[str | None, _setting("ratio", "Of half-reset, likewise.")] = None,
-    seed: Annotated[str | None, _setting("seed", "Of half-reset and dare, with each ratio or rate.")] = None,
-    ratios: Annotated[
-        list[str] | None,
-        _setting(
-            "ratios",
-            "Of hma: one setting (0.3,0.2,0.1), a range of plain averages (0.1:0.9:0.1), or [b]paper[/b], the 15 triples of the "
-            "MoFO paper's E.5. Repeatable.",
-        ),
-    ] = None,
-    calibration: Annotated[str | None, _setting("calibration", "Of wanda: text to run ft on, once.")] = None,
-    samples: Annotated[int | None, _setting("samples", "Of wanda: stretches of that text, 128 unless given.")] = None,
-    norms: Annotated[
-        Path | None, _setting("norms", "Of wanda: norms that surgery wanda --save-norms kept, in place of a text.")
-    ] = None,
-    scope: ScopeName = "all",
-    rest: Rest = "ft",
-    include: Include = None,
-    exclude: Exclude = None,
-    choose: Annotated[
-        str | None,
-        typer.Option(
-            help='Find the setting within "forgetting<=0.01" that keeps most of the task, or within "retention>=0.99" that '
-            "forgets least. Along one number of one method by bisection, where the scores are monotone enough.",
-            show_default=False,
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write the chosen checkpoint to this folder.", show_default=False, rich_help_panel=CHOICE),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a checkpoint at --out.", rich_help_panel=CHOICE)
-    ] = False,
-    strict: Strict = False,
-    allow_nonfinite: AllowNonfinite = False,
-    report: Report = None,
-    as_json: AsJson = False,
-    *,
-    scoring: "Scoring",
+    pair: Pair, chosen: Methods, given: Any, choosing: Choosing, checks: Checks, shown: Shown, scoring: Scoring
 ) -> None:
     """Score methods at many settings, each edited in memory: which setting forgets less at the same task score?
 
     A row is byte for byte the checkpoint that the method's own command would write. Settings are tried from coarse to fine.
     Ctrl-C shows what is done, and with --cache the same command goes on from there. Needs pip install 'model-surgery\\[eval]'.
     """
-    from surgery import display
-    from surgery.calibrate.run import Calibration, calibrated
     from surgery.checkpoint.output import check_output
     from surgery.comparison.choose import parse_limit
     from surgery.comparison.display import scoring_progress, show
     from surgery.comparison.folder import Folder
-    from surgery.comparison.grid import Grid, command_words, label, numbers, triples, whole_numbers
+    from surgery.comparison.grid import command_words, label, main_option, named, settings, swept_options
     from surgery.comparison.sweep import Edits, sweep
-    from surgery.editing.job import plan, replan
+    from surgery.display import say
+    from surgery.editing.job import plan
     from surgery.evaluation.subject import open_subjects
-    from surgery.methods import Wanda
 
-    given = {
-        "sparsity": sparsity,
-        "drop_rate": drop_rate,
-        "ratio": ratio,
-        "seed": seed,
-        "ratios": ratios,
-        "calibration": calibration,
-        "samples": samples,
-        "norms": norms,
-    }
-    names = list(dict.fromkeys(word.strip() for word in method.split(",")))
-    given = _completed(given, names)
-    if out and not choose:
-        raise OptionError("--out is for the chosen checkpoint: give --choose too.")
-    limit = parse_limit(choose) if choose else None
-    grid = Grid(
-        numbers(str(given["sparsity"]), "--sparsity"),
-        numbers(str(given["drop_rate"]), "--drop-rate"),
-        numbers(str(given["ratio"]), "--ratio"),
-        whole_numbers(str(given["seed"]), "--seed"),
-        triples(ratios or [str(given["ratios"])], "--ratios"),
-        make_scope(scope, rest, include, exclude),
-    )
-    groups = [grid.methods(name) for name in names]
-    if "wanda" in names and not (calibration or norms):
-        raise OptionError("wanda needs a text, --calibration, or norms that were kept, --norms.")
-    job = plan(pre, ft, groups[0][0], strict=strict)
-    target = check_output(out, job.inputs, force=force) if out else None
-    jobs = dict.fromkeys(names, job)
-    subjects = open_subjects(pre, ft)
-    more = [*(["--out", str(out)] if out else []), *(["--allow-nonfinite"] if allow_nonfinite else [])]
-    words = [*_words("calibration", calibration), *_words("samples", samples), *_words("norms", norms)]
+    kinds = [named(name) for name in dict.fromkeys(word.strip() for word in chosen.method.split(","))]
+    values = {name: value for name, value in vars(given).items() if value not in (None, ())}
+    calibrated = {entry.name: values[entry.name] for entry in fields(Calibration) if entry.name in values}
+    _check(values, kinds)
+    if choosing.out and not choosing.choose:
+        raise OptionError("`out` is for the chosen checkpoint: give `choose` too.")
+    limit = parse_limit(choosing.choose) if choosing.choose else None
+    swept = {one.name for kind in kinds for one in swept_options(kind)}
+    typed = {name: value for name, value in values.items() if name in swept}
+    fixed = {name: value for name, value in values.items() if name not in swept}
+    groups = [settings(kind, typed, fixed) for kind in kinds]
+    calibrating = [kind for kind in kinds if kind.calibrated]
+    if calibrating and not ({"calibration", "norms"} & calibrated.keys()):
+        raise OptionError(f"{calibrating[0].name} needs a text, `calibration`, or norms that were kept, `norms`.")
+    job = plan(pair.pre, pair.ft, groups[0][0], strict=checks.strict)
+    target = check_output(choosing.out, job.inputs, force=choosing.force) if choosing.out else None
+    jobs = {kind.name: job for kind in kinds}
+    subjects = open_subjects(pair.pre, pair.ft)
+    more = [*(["--out", str(choosing.out)] if choosing.out else [])]
+    more += ["--allow-nonfinite"] if checks.allow_nonfinite else []
+    words = [word for name, value in calibrated.items() for word in (flag(name), str(value))]
 
-    def command(one: "Method") -> list[str]:
-        return command_words(one, pre, ft, [*(words if one.name == "wanda" else []), *more])
+    def line(one: Method) -> list[str]:
+        return command_words(one, pair.pre, pair.ft, [*(words if one.calibrated else []), *more])
 
-    edits = Edits(subjects, jobs, command, allow_nonfinite=allow_nonfinite)
+    edits = Edits(subjects, jobs, line, allow_nonfinite=checks.allow_nonfinite)
     edits.check(one for group in groups for one in group)
     tasks, general = scoring.measures()
-    folder = Folder(report) if report else None
-    if "wanda" in names:
-        wanted = Calibration(calibration, norms, samples=samples or Calibration.samples)
-        with display.calibrating() as blocks:
-            # Notes of the calibration are of no concern to the other methods.
-            alone = replace(replan(job, Wanda(scope=grid.scope)), pair=replace(job.pair, notes=[*job.pair.notes]))
-            jobs["wanda"] = calibrated(alone, wanted, device=scoring.device, advance=blocks)
-        normed: Any = jobs["wanda"].method
-        groups[names.index("wanda")] = [replace(normed, sparsity=value) for value in grid.sparsity]
+    folder = Folder(shown.report) if shown.report else None
+    for kind in calibrating:
+        at, name = kinds.index(kind), main_option(kind).name
+        jobs[kind.name] = _calibrated(job, groups[at][0], Calibration(**calibrated), scoring.device)
+        normed: Any = jobs[kind.name].method
+        groups[at] = [replace(normed, **{name: getattr(one, name)}) for one in groups[at]]
     with scoring_progress(None if limit else 2 + sum(map(len, groups))) as observe:
         found = sweep(
             edits,
@@ -173,48 +140,59 @@ def _sweep(
         )
     try:  # the chosen checkpoint first: whoever reads our output may go away before its end
         if target and found.best is not None:
-            _write(edits, found.best, found.document["choice"]["sentence"], target, force)
+            _write(edits, found.best, found.document["choice"]["sentence"], target, choosing.force)
     finally:
-        show(found.document, folder, as_json=as_json)
+        show(found.document, folder, as_json=shown.as_json)
     if found.document["stopped"]:
         raise KeyboardInterrupt
     if limit and found.best is None:
         raise OptionError(found.document["choice"]["sentence"])
-    if found.best is None or as_json:
+    if found.best is None or shown.as_json:
         return
-    display.say(f"The command for {label(found.best)}: {shlex.join(command(found.best))}")
+    say(f"The command for {label(found.best)}: {shlex.join(line(found.best))}")
     if target:
-        display.say(f"Wrote {target}")
+        say(f"Wrote {target}")
 
 
-def _completed(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The settings with their defaults.
+def _check(values: Mapping[str, Any], kinds: Sequence[type[Method]]) -> None:
+    """Refuse an option of methods that are not swept.
 
     Raises:
-        OptionError: one is given for methods that are not swept.
+        OptionError: there is one.
     """
-    for name, value in given.items():
-        methods, _ = USED[name]
-        if value and not set(methods) & set(names):
-            raise OptionError(f"--{name.replace('_', '-')} is for {', '.join(methods)}, none of which is swept.")
-    return {name: value or USED[name][1] for name, value in given.items()}
+    of_text = {one.name for one in declared_options(Calibration)}
+    for name in values:
+        having = [
+            kind.name
+            for kind in METHODS.values()
+            if any(one.name == name for one in declared_options(kind)) or (kind.calibrated and name in of_text)
+        ]
+        if not {kind.name for kind in kinds} & set(having):
+            raise OptionError(f"`{name}` is for {', '.join(having)}, none of which is swept.")
 
 
-def _write(edits: "Edits", method: "Method", sentence: str, out: Path, force: bool) -> None:
+def _calibrated(job: Job, method: Method, calibration: Calibration, device: str) -> Job:
+    """The job of a method that needs input norms. Its notes are of no concern to the other methods."""
+    from surgery.calibrate.run import calibrated
+    from surgery.display import calibrating
+    from surgery.editing.job import replan
+
+    alone = replace(replan(job, method), pair=replace(job.pair, notes=[*job.pair.notes]))
+    with calibrating() as advance:
+        return calibrated(alone, calibration, device=device, advance=advance)
+
+
+def _write(edits: Edits, method: Method, sentence: str, out: Path, force: bool) -> None:
     """Write the checkpoint of a setting, whose report says how it was chosen."""
-    from surgery import display
+    from surgery.display import progress
     from surgery.editing.run import run
 
     job = edits.job(method)
     job.pair.notes.append(sentence)
-    with display.progress(job.reading) as advance:
+    with progress(job.reading) as advance:
         run(
             replace(job, out=out, replace=force),
             allow_nonfinite=edits.allow_nonfinite,
             command=edits.commands(method),
             advance=advance,
         )
-
-
-def _words(name: str, value: object) -> list[str]:
-    return [f"--{name}", str(value)] if value else []

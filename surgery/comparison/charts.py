@@ -20,18 +20,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from surgery.comparison.grid import axis_of, main_option
 from surgery.comparison.text import interval, score
+from surgery.methods import METHODS
 from surgery.text import finite, number, readable, share
 
 Document = dict[str, Any]
 Row = dict[str, Any]
 # Parameter that a sweep varies -> label of its axis.
-AXES = {
-    "sparsity": "sparsity",
-    "drop_rate": "drop rate",
-    "ratios": "mean ratio (weight of pre)",
-    "ratio": "ratio (share of matrices reset)",
-}
+AXES = {main_option(kind).name: axis_of(kind) for kind in METHODS.values()}
 # Where lower is better, bars are cut at this many times the median: the perplexity of a broken model has no bound.
 CUT = 3.0
 

@@ -93,7 +93,7 @@ def parse_limit(text: str) -> Limit:
     except ValueError:
         bound = math.nan
     if not found or not math.isfinite(bound):
-        raise OptionError(f'--choose takes "forgetting<=0.01" or "retention>=0.99", not {text!r}.')
+        raise OptionError(f'`choose` takes "forgetting<=0.01" or "retention>=0.99", not {text!r}.')
     return Limit("forgetting" if found[1] else "retention", bound)
 
 

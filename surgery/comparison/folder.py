@@ -24,16 +24,16 @@ class Folder:
     def __init__(self, path: Path) -> None:
         from surgery.pictures import check_matplotlib
 
-        check_matplotlib("--report")
+        check_matplotlib("report")
         self.path = expanded(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             names = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
-            raise OutputError(f"--report {path}: cannot be made ({error.strerror}). Choose another folder.") from error
+            raise OutputError(f"`report` {path}: cannot be made ({error.strerror}). Choose another folder.") from error
         if names and not _ours(self.path / JSON):
-            raise OutputError(f"--report {path}: holds something else. Choose another folder, or an empty one.")
-        with OutFile(self.path / JSON, (".json",), "--report"):
+            raise OutputError(f"`report` {path}: holds something else. Choose another folder, or an empty one.")
+        with OutFile(self.path / JSON, (".json",), "report"):
             pass  # it can be written to, which would else be known after hours
 
     def write(self, document: dict[str, Any]) -> list[str]:
@@ -49,7 +49,7 @@ class Folder:
 
         files = {JSON: dumps(document), CSV: as_csv(document), ITEMS: items_as_csv(document), PAGE: page(document)}
         for name, content in (files | plots(document)).items():
-            with OutFile(self.path / name, (Path(name).suffix,), "--report") as file:
+            with OutFile(self.path / name, (Path(name).suffix,), "report") as file:
                 file.write(content)
         return [f"Wrote {self.path / PAGE}"]
 

@@ -1,67 +1,94 @@
-"""The settings that a sweep tries: numbers and ranges as people type them, the methods they make, and the order to try."""
+"""The settings that a sweep tries: numbers and ranges as people type them, the methods they make, and the order to try.
+
+A method's options say which of them are swept, and over which grid (`surgery.option.Swept`). The first of them is its main one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation, Overflow
+from itertools import product
 from typing import Any
 
 from surgery.errors import OptionError
-from surgery.methods import METHODS, Dare, HalfReset, Hma, Method
-from surgery.methods.scope import Scope, number
+from surgery.methods import METHODS, Method
+from surgery.methods.scope import number
+from surgery.option import Declared, build, declared_options, flag, value_of
 
-# MoFO paper, E.5: the 15 triples that HMA is compared with.
-PAPER = (
-    *((0.05, 0.2, 0.35), (0.1, 0.2, 0.3), (0.2, 0.2, 0.2), (0.3, 0.2, 0.1), (0.35, 0.2, 0.05)),
-    *((0.3, 0.5, 0.7), (0.4, 0.5, 0.6), (0.5, 0.5, 0.5), (0.6, 0.5, 0.4), (0.7, 0.5, 0.3)),
-    *((0.65, 0.8, 0.95), (0.7, 0.8, 0.9), (0.8, 0.8, 0.8), (0.9, 0.8, 0.7), (0.95, 0.8, 0.65)),
-)
 MOST = 1000  # settings of one option
 EXACT = 10**15  # whole numbers up to here are floats, too
-# The number of a method that a sweep changes.
-MAIN = ("sparsity", "drop_rate", "ratio", "ratios")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What is tried of each method.
+def swept_options(kind: type[Method]) -> list[Declared]:
+    """The options of a method that a sweep varies, the main one first."""
+    return [one for one in declared_options(kind) if one.option.swept]
+
+
+def main_option(kind: type[Method]) -> Declared:
+    """The option of a method whose number a sweep changes."""
+    return swept_options(kind)[0]
+
+
+def axis_of(kind: type[Method]) -> str:
+    """What the main number of a method is called on a chart."""
+    swept = main_option(kind).option.swept
+    return swept.axis if swept else ""
+
+
+def named(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if name not in METHODS:
+        raise OptionError(f"`method` takes {', '.join(METHODS)}, not {name!r}.")
+    return METHODS[name]
+
+
+def settings(
+    kind: type[Method], typed: Mapping[str, Sequence[str]] | None = None, fixed: Mapping[str, Any] | None = None
+) -> list[Method]:
+    """A method at each of its settings, along its main number.
 
     Args:
-        sparsity: of fapm, magnitude, wanda and ties.
-        drop_rate: of dare.
-        ratio: of half-reset.
-        seed: of half-reset and dare; each with every ratio or rate.
-        ratios: of hma.
-        scope: of those that prune or merge.
+        typed: for a swept option, what to try, as a user types it; its own grid where it is missing.
+        fixed: values of the other options.
+
+    Raises:
+        OptionError: a text is no setting, or a number is out of range.
     """
-
-    sparsity: tuple[float, ...]
-    drop_rate: tuple[float, ...]
-    ratio: tuple[float, ...]
-    seed: tuple[int, ...]
-    ratios: tuple[tuple[float, ...], ...]
-    scope: Scope = field(default_factory=Scope)
-
-    def methods(self, name: str) -> list[Method]:
-        """A method at each of its settings, along its main number.
-
-        Raises:
-            OptionError: there is no such method, or a number is out of range.
-        """
-        if name not in METHODS:
-            raise OptionError(f"--method takes {', '.join(METHODS)}, not {name!r}.")
-        if name == Hma.name:
-            return [Hma(ratios) for ratios in self.ratios]
-        if name == HalfReset.name:
-            return [HalfReset(ratio, seed=seed) for ratio in self.ratio for seed in self.seed]
-        if name == Dare.name:
-            return [Dare(rate, seed=seed, scope=self.scope) for rate in self.drop_rate for seed in self.seed]
-        make: Any = METHODS[name]
-        return [make(sparsity=sparsity, scope=self.scope) for sparsity in self.sparsity]
+    typed, options = typed or {}, swept_options(kind)
+    grids = [
+        _values(one, typed.get(one.name) or [one.option.swept.grid if one.option.swept else ""]) for one in options
+    ]
+    return [
+        build(kind, {**(fixed or {}), **{one.name: value for one, value in zip(options, values, strict=True)}})
+        for values in product(*grids)
+    ]
 
 
-def numbers(text: str, option: str) -> tuple[float, ...]:
+def _values(one: Declared, texts: Sequence[str]) -> tuple[Any, ...]:
+    """The values of an option: numbers, or where it has parts (several ratios) whole settings, and ranges of single ones.
+
+    Raises:
+        OptionError: a text says neither.
+    """
+    text = ",".join(texts)
+    if one.option.parse is None:
+        return whole_numbers(text, one.name) if one.kind is int else numbers(text, one.name)
+    found: dict[Any, None] = {}
+    for text in texts:
+        if one.option.swept and text in one.option.swept.named:
+            found |= dict.fromkeys(one.option.swept.named[text])
+        elif ":" in text:
+            found |= dict.fromkeys((value,) for value in numbers(text, one.name))
+        else:
+            found.setdefault(tuple(numbers(word, one.name)[0] for word in text.split(",")))
+    return tuple(sorted(found, key=lambda parts: (len(parts), parts)))
+
+
+def numbers(text: str, name: str) -> tuple[float, ...]:
     """Numbers with commas between them, sorted; a:b:step is a, a + step, …, as far as b, which is one of them if a step meets it.
 
     The steps are decimal: 0.5:0.95:0.05 ends with 0.95 itself.
@@ -76,64 +103,59 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         except InvalidOperation:
             ends = []
         if len(ends) not in (1, 3) or not all(end.is_finite() for end in ends):
-            raise OptionError(f"{option} takes numbers such as 0.5,0.9 or a range such as 0.5:0.95:0.05, not {text!r}.")
+            raise OptionError(f"`{name}` takes numbers such as 0.5,0.9 or a range such as 0.5:0.95:0.05, not {text!r}.")
         if len(ends) == 1:
             found.setdefault(float(ends[0]))
             continue
         first, last, step = ends
         if step <= 0 or last < first:
-            raise OptionError(f"{option} {part}: a range goes up, from the first number to the second by the third.")
+            raise OptionError(f"`{name}` {part}: a range goes up, from the first number to the second by the third.")
         try:
             many = (last - first) / step >= MOST
         except Overflow:
             many = True
         if many:
-            raise OptionError(f"{option} {part}: more than {MOST:,} numbers. Take a larger step.")
+            raise OptionError(f"`{name}` {part}: more than {MOST:,} numbers. Take a larger step.")
         count = int((last - first) / step) + 1
         found |= dict.fromkeys(float(first + step * place) for place in range(count))
     return tuple(sorted(found))
 
 
-def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+def whole_numbers(text: str, name: str) -> tuple[int, ...]:
     """Whole numbers, likewise.
 
     Raises:
         OptionError: one is no whole number.
     """
-    found = numbers(text, option)
+    found = numbers(text, name)
     for value in found:
         if not value.is_integer() or abs(value) > EXACT:
-            raise OptionError(f"{option} takes whole numbers of at most 15 digits, not {number(value)}.")
+            raise OptionError(f"`{name}` takes whole numbers of at most 15 digits, not {number(value)}.")
     return tuple(map(int, found))
-
-
-def triples(texts: Sequence[str], option: str) -> tuple[tuple[float, ...], ...]:
-    """Ratios of hma: each text is one setting with commas, "paper" for the 15 of the MoFO paper, or a range of plain averages.
-
-    Raises:
-        OptionError: it is none of these.
-    """
-    found: dict[tuple[float, ...], None] = {}
-    for text in texts:
-        if text == "paper":
-            found |= dict.fromkeys(PAPER)
-        elif ":" in text:
-            found |= dict.fromkeys((ratio,) for ratio in numbers(text, option))
-        else:
-            found.setdefault(tuple(numbers(word, option)[0] for word in text.split(",")))
-    return tuple(sorted(found, key=lambda ratios: (len(ratios), ratios)))
 
 
 def label(method: Method) -> str:
     """A setting's row: the method and its numbers, such as "fapm 0.9" or "half-reset 0.5 seed 1"."""
-    seed = getattr(method, "seed", 0)
-    return f"{method.name} {_numbers(method)}" + (f" seed {seed}" if seed else "")
+    main, *others = swept_options(type(method))
+    changed = [one for one in others if value_of(method, one.name) != one.default]
+    words = [f"{one.name.replace('_', ' ')} {_text(value_of(method, one.name))}" for one in changed]
+    return " ".join([method.name, _text(value_of(method, main.name)), *words])
 
 
 def on_a_line(methods: Sequence[Method]) -> bool:
     """Whether settings differ in one number alone: a sparsity, a rate, a ratio."""
-    others = {(method.name, getattr(method, "seed", 0), len(getattr(method, "ratios", (0,)))) for method in methods}
-    return len(others) == 1 and len(getattr(methods[0], "ratios", (0,))) == 1
+    lines = {line(method) for method in methods}
+    return len(lines) == 1 and None not in lines
+
+
+def line(method: Method) -> tuple[Any, ...] | None:
+    """What settings have in common that differ in their main number alone; None where that is several numbers."""
+    main, *_ = swept_options(type(method))
+    value = value_of(method, main.name)
+    if isinstance(value, tuple) and len(value) > 1:
+        return None
+    others = (value_of(method, one.name) for one in declared_options(type(method)) if one.name != main.name)
+    return (method.name, *others)
 
 
 def coarse_to_fine(count: int) -> list[int]:
@@ -161,34 +183,22 @@ def command_words(method: Method, pre: str, ft: str, more: Sequence[str] = ()) -
         more: further options.
     """
     words = ["surgery", method.name, "--pre", pre, "--ft", ft]
-    for entry in fields(method):  # type: ignore[arg-type]
-        value = getattr(method, entry.name)
-        if entry.name == "scope":
-            for part in fields(value):
-                words += _option(part.name, getattr(value, part.name), part.default)
-        elif entry.name not in (*MAIN, "calibration", "norms"):  # those of Wanda are `more`
-            words += _option(entry.name, value, entry.default)
+    for one in declared_options(type(method)):
+        value = value_of(method, one.name)
+        if one.name != main_option(type(method)).name and value != one.default:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [flag(one.name), _text(each)]
     return [*words, *setting_words(method), *more]
 
 
 def setting_words(method: Method) -> list[str]:
     """The option for a method's main number, and its value."""
-    name = next(name for name in MAIN if hasattr(method, name))
-    return [f"--{name.replace('_', '-')}", _numbers(method)]
+    name = main_option(type(method)).name
+    return [flag(name), _text(value_of(method, name))]
 
 
-def _option(name: str, value: Any, default: Any) -> list[str]:
-    if value == default:
-        return []
-    values = value if isinstance(value, tuple) else (value,)
-    return [
-        word
-        for one in values
-        for word in (f"--{name.replace('_', '-')}", number(one) if isinstance(one, float) else str(one))
-    ]
-
-
-def _numbers(method: Method) -> str:
-    """A method's main numbers."""
-    value = next(getattr(method, name) for name in MAIN if hasattr(method, name))
-    return ",".join(map(number, value)) if isinstance(value, tuple) else number(value)
+def _text(value: Any) -> str:
+    """A value as a user types it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    return number(value) if isinstance(value, float) else str(value)

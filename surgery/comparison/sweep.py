@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.comparison.choose import Choice, Limit, choose
 from surgery.comparison.compare import STOPPED, Outcome, Plane, document
-from surgery.comparison.grid import interleaved, label, on_a_line
+from surgery.comparison.grid import interleaved, label, main_option, on_a_line
 from surgery.editing.job import Job, replan
 from surgery.errors import OptionError
 from surgery.evaluation.bench import Bench, Observe, Scored
@@ -57,9 +57,15 @@ class Edits:
             OptionError: one does not.
         """
         # What can be wrong depends on the method and on how many parts it cuts the model into.
-        kinds = {(method.name, len(getattr(method, "ratios", ()))): method for method in methods}
+        kinds = {(method.name, _parts(method)): method for method in methods}
         for method in kinds.values():
             self.job(method)
+
+
+def _parts(method: Method) -> int:
+    """How many numbers the main option of a setting has."""
+    value = getattr(method, main_option(type(method)).name)
+    return len(value) if isinstance(value, tuple) else 1
 
 
 class Bout:

@@ -91,7 +91,7 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
             if record.get(field) is None:
                 raise OptionError(
                     f"{where}: has no field {field} (fields found: {_found(record)}). Correct or remove the record, or name "
-                    "the fields with --prompt-field and --completion-field."
+                    "the fields with `prompt_field` and `completion_field`."
                 )
         rows += _rows(where, record, kind, fields)
         count += 1
@@ -114,7 +114,7 @@ def _kind(
                 continue  # the prompt is in chosen and rejected again, as a message
             return kind, fields
     wanted = "; ".join(", ".join(fields) for fields in kinds.values())
-    way = "Rename them" if task == "dpo" else "Name them with --prompt-field and --completion-field"
+    way = "Rename them" if task == "dpo" else "Name them with `prompt_field` and `completion_field`"
     raise OptionError(f"{where}: fields found: {_found(record)}; known are {wanted}. {way}.")
 
 

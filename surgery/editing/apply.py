@@ -232,7 +232,7 @@ def _another_base(piece: Piece, delta: Delta, base: Checkpoint) -> PairError:
     meant = delta.metadata["base"] + (f"@{revision}" if revision else "")
     return PairError(
         f"{base.folder}: is not the base of {delta.path}: its {piece.line['base']['name']} has another checksum. Give {meant}, "
-        "or apply it all the same with --force."
+        "or apply it all the same with `force`."
     )
 
 
@@ -249,7 +249,7 @@ def _files(delta: Delta, base: Checkpoint, force: bool) -> dict[str, Path | Tens
         elif not force:
             raise CheckpointError(
                 f"{base.folder / name}: is not the file that {delta.path} was extracted beside. Restore it, or go on "
-                "without with --force."
+                "without with `force`."
             )
     return found
 
@@ -324,7 +324,7 @@ def _report(job: ApplyJob, checksums: dict[str, str], command: Sequence[str]) ->
         )
     if other:
         notes.append(
-            f"Applied with --force to another base: {len(other)} tensors differ from those that were extracted, and the counts "
+            f"Applied with `force` to another base: {len(other)} tensors differ from those that were extracted, and the counts "
             "and distances are those of the extraction."
         )
     return document | {

@@ -18,7 +18,7 @@ from surgery.checkpoint.pair import Pair, likes, pair
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import BORROWING, Checkpoint, open_both
 from surgery.errors import CheckpointError, OptionError
-from surgery.methods import MERGES, Method, parameters
+from surgery.methods import METHODS, Method, parameters
 from surgery.methods.actions import Merge, Prune, PruneRows, Step
 
 CONFIG = "config.json"
@@ -113,8 +113,9 @@ def plan(
         SurgeryError: anything that can be refused before working.
     """
     names = [ft] if isinstance(ft, (str, Path)) else ft
-    if len(names) > 1 and not isinstance(method, MERGES):
-        raise OptionError(f"{method.name} takes one --ft, not {len(names)}: ties and dare merge several.")
+    if len(names) > 1 and not method.merges:
+        several = " and ".join(one.name for one in METHODS.values() if one.merges)
+        raise OptionError(f"{method.name} takes one `ft`, not {len(names)}: {several} merge several.")
     base, (tuned, *others) = open_both(str(pre), *map(str, names))
     both = pair(base, tuned, strict=strict)
     return plan_pair(both, method, others, strict=strict, max_shard_size=max_shard_size)

@@ -76,7 +76,7 @@ class CudaEngine:
             if not self.allow_nonfinite and not bool(torch.isfinite(out).all()):
                 raise CheckpointError(
                     f"{step.pre.path}: {step.pre.name} holds a number too large for ft's {step.ft.dtype}. Repair it, or allow "
-                    "it with --allow-nonfinite."
+                    "it with `allow_nonfinite`."
                 )
             self._store(out, sink)
         return self.cpu.add(step, result, sink)

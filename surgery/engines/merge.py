@@ -73,8 +73,8 @@ def _merge(worker: Worker, action: Merge, models: list[Sides], keeps: list[Keeps
         )
         if not worker.allow_nonfinite and not np.isfinite(widen(ft.dtype, values)).all():
             raise CheckpointError(
-                f"{ft.name} of {ft.path} becomes too large for {ft.dtype} when it is merged. Lower --lam, or allow it with "
-                "--allow-nonfinite."
+                f"{ft.name} of {ft.path} becomes too large for {ft.dtype} when it is merged. Lower `lam`, or allow it with "
+                "`allow_nonfinite`."
             )
         # Through integers, since a float copy may quieten a NaN's bits.
         out = worker.out(tuned)
@@ -145,6 +145,6 @@ def _finite(worker: Worker, model: Sides, distance: Distance) -> bool:
     if not finite and not worker.allow_nonfinite:
         raise CheckpointError(
             f"{model.ft.name} holds NaN or Inf, in {model.ft.path} or in {model.pre.path}. Repair it, or allow it with "
-            "--allow-nonfinite."
+            "`allow_nonfinite`."
         )
     return finite

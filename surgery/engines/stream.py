@@ -28,7 +28,7 @@ def workers(asked: int | None) -> int:
         OptionError: less than one was asked for.
     """
     if asked is not None and asked < 1:
-        raise OptionError(f"--workers must be 1 or more, not {asked}.")
+        raise OptionError(f"`workers` must be 1 or more, not {asked}.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return asked or min(cores, MAX_WORKERS)
 

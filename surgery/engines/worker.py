@@ -55,7 +55,7 @@ class Worker:
         if not self.allow_nonfinite and not np.isfinite(widen(ft.dtype, cast)).all():
             raise CheckpointError(
                 f"{pre.path}: {pre.name} holds NaN, Inf, or a number too large for ft's {ft.dtype}. Repair it, or allow it with "
-                "--allow-nonfinite."
+                "`allow_nonfinite`."
             )
         return cast
 
@@ -71,6 +71,6 @@ def checked(step: Step, result: Result, *, allow_nonfinite: bool) -> Result:
     if result.nonfinite and not allow_nonfinite and step.pre and not isinstance(step.action, Keep):
         raise CheckpointError(
             f"{step.ft.name} holds NaN or Inf, in {step.ft.path} or in {step.pre.path}. Repair it, or allow it with "
-            "--allow-nonfinite."
+            "`allow_nonfinite`."
         )
     return result

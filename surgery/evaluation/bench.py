@@ -71,7 +71,7 @@ class Bench:
         from surgery.device import find_device
 
         if not measures:
-            raise OptionError("There is nothing to measure. Give a file or a task with --task and --general.")
+            raise OptionError("There is nothing to measure. Give a file or a task with `task` and `general`.")
         names = [measure.name for measure in measures]
         if twice := {name for name in names if names.count(name) > 1}:
             raise OptionError(f"{twice.pop()} is measured twice. Leave one of them out.")

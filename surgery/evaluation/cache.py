@@ -37,9 +37,9 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OutputError(
-                    f"--cache {folder}: cannot be made ({error.strerror}). Choose another folder."
+                    f"`cache` {folder}: cannot be made ({error.strerror}). Choose another folder."
                 ) from error
-            with OutFile(self.folder / "scores.json", (".json",), "--cache"):
+            with OutFile(self.folder / "scores.json", (".json",), "cache"):
                 pass  # it can be written to, which would else be known after hours
 
     def find(self, key: dict[str, Any]) -> Scores | None:
@@ -75,7 +75,7 @@ class Cache:
             "items": list(scores.items),
             "extra": scores.extra,
         }
-        with OutFile(path, (".json",), "--cache") as file:
+        with OutFile(path, (".json",), "cache") as file:
             file.write(json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace"))
 
     def _path(self, key: dict[str, Any]) -> Path | None:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError
+from surgery.option import option
 
 if TYPE_CHECKING:
     from surgery.evaluation.bench import Bench, Observe
     from surgery.evaluation.scores import Measure
+
+
+SCORES, WORK = "Scores", "Work"
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,36 @@ class Scoring:
         cache: a folder to keep scores in.
     """
 
-    task: Sequence[str] = ()
-    general: Sequence[str] = ()
-    metric: str | None = None
-    limit: int | None = None
-    prompt_field: str | None = None
-    completion_field: str | None = None
-    seq_len: int = 512
-    max_new_tokens: int = 256
-    batch_size: int = 8
-    dtype: str = "auto"
-    device: str = "auto"
-    cache: str | Path | None = None
+    task: tuple[str, ...] = option(
+        (),
+        help="The fine-tuned task: a .txt, .jsonl, .json or .parquet file, a folder of them, or a task of "
+        "lm-evaluation-harness. FILE:METRIC names a file's metric. Repeatable.",
+        shown=False,
+        panel=SCORES,
+    )
+    general: tuple[str, ...] = option((), help="General ability, likewise.", shown=False, panel=SCORES)
+    metric: str | None = option(
+        None,
+        help="Of --task: [b]loss[/b] of the answers, or generated answers that are [b]exact[/b], [b]numeric[/b] (the final "
+        "number) or like by [b]rouge-l[/b]; choices by [b]acc[/b] or [b]acc_norm[/b].",
+        shown="by the file's fields",
+        panel=SCORES,
+    )
+    limit: int | None = option(None, help="The first so many items of each.", shown="all", panel=SCORES)
+    prompt_field: str | None = option(None, help="Field that holds the question.", shown="by the names", panel=SCORES)
+    completion_field: str | None = option(None, help="Field that holds the answer.", shown="by the names", panel=SCORES)
+    seq_len: int = option(512, help="Tokens in a window of plain text.", panel=SCORES)
+    max_new_tokens: int = option(256, help="Tokens of a generated answer.", panel=SCORES)
+    batch_size: int = option(8, help="Sequences in one forward pass.", panel=WORK)
+    dtype: str = option(
+        "auto",
+        help="To compute in: float32, bfloat16 or float16. [b]auto[/b] is float32 on a processor, on a GPU the checkpoint's.",
+        panel=WORK,
+    )
+    device: str = option("auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N.", panel=WORK)
+    cache: Path | None = option(
+        None, help="Keep scores here, and do not compute again what is here.", metavar="DIR", panel=WORK
+    )
 
     def measures(self) -> tuple[list[Measure], list[Measure]]:
         """The measures of the task and of general ability, checked before any work.
@@ -54,7 +76,7 @@ class Scoring:
 
         for name, specs in (("task", self.task), ("general", self.general)):
             if not specs:
-                raise OptionError(f"--{name} is missing. Give a file, or a task of lm-evaluation-harness.")
+                raise OptionError(f"`{name}` is missing. Give a file, or a task of lm-evaluation-harness.")
         options: dict[str, Any] = {
             "limit": self.limit,
             "seq_len": self.seq_len,

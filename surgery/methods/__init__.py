@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from surgery.checkpoint.item import Item
-from surgery.methods.actions import Action
 from surgery.methods.dare import Dare
 from surgery.methods.fapm import Fapm
 from surgery.methods.half_reset import HalfReset
 from surgery.methods.hma import Hma
 from surgery.methods.magnitude import Magnitude
+from surgery.methods.method import Method
 from surgery.methods.ties import Ties
 from surgery.methods.wanda import Wanda
-
-
-class Method(Protocol):
-    """What the streaming loop knows of a method. Its dataclass fields are its parameters.
-
-    `about` says what it is and where from, for the model card.
-    """
-
-    name: ClassVar[str]
-    about: ClassVar[str]
-
-    def label(self) -> str:
-        """Name and main number, for the name of the output folder."""
-
-    def plan(self, items: Sequence[Item]) -> list[Action]:
-        """One action for each tensor of ft, in the items' order.
-
-        Raises:
-            OptionError: the parameters do not fit this model.
-        """
 
 
 def parameters(method: Method) -> dict[str, Any]:
@@ -48,7 +26,6 @@ def parameters(method: Method) -> dict[str, Any]:
 
 
 __all__ = [
-    "MERGES",
     "METHODS",
     "Dare",
     "Fapm",
@@ -64,5 +41,3 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Fapm, Magnitude, HalfReset, Hma, Ties, Dare, Wanda)
 }
-# Those that take several fine-tuned models.
-MERGES = (Ties, Dare)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,14 +24,16 @@ import numpy as np
 
 from surgery.checkpoint.item import Item
 from surgery.methods.actions import Action, Merge, Reset
-from surgery.methods.scope import Scope, finite, number, plan_pruning, share
+from surgery.methods.method import Method
+from surgery.methods.scope import LAM, Scope, finite, number, plan_pruning, share
+from surgery.option import Swept, nested, option
 
 # Entries that one block of the generator decides: four 64-bit words, 32 bits an entry.
 BLOCK = 8
 
 
 @dataclass(frozen=True)
-class Dare:
+class Dare(Method):
     """Drop a random share of each task vector, rescale the rest, and add them to pre.
 
     Args:
@@ -42,14 +44,27 @@ class Dare:
     """
 
     name: ClassVar[str] = "dare"
+    merges: ClassVar[bool] = True
+    help: ClassVar[
+        str
+    ] = """Drop a random share of each task vector, rescale the rest by 1 / (1 − p), and add them to pre.
+
+    out = pre + λ · Σ τ̂, over the --ft given.
+    """
     about: ClassVar[str] = "DARE, drop and rescale (arXiv 2311.03099)"
-    drop_rate: float = 0.9
-    lam: float = 1.0
-    seed: int = 0
-    scope: Scope = field(default_factory=Scope)
+    drop_rate: float = option(
+        0.9,
+        help="p: each entry of a task vector is dropped with this probability, from 0 to 1.",
+        swept=Swept("0.5:0.9:0.1", "drop rate"),
+    )
+    lam: float = option(1.0, help=LAM)
+    seed: int = option(
+        0, help="Of the draw. The same seed drops the same entries on any machine.", swept=Swept("0", "seed")
+    )
+    scope: Scope = nested(Scope)
 
     def __post_init__(self) -> None:
-        share("drop-rate", self.drop_rate)
+        share("drop_rate", self.drop_rate)
         finite("lam", self.lam)
 
     def label(self) -> str:

@@ -17,17 +17,19 @@ Cost: pre is read twice, since the mean stands before the first score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from surgery.checkpoint.item import Item
 from surgery.methods.actions import Action, Prune
-from surgery.methods.scope import GROUPS, Scope, grouped, number, one_of, plan_pruning, share
+from surgery.methods.method import Method
+from surgery.methods.scope import GROUP, GROUPS, SPARSITY, Scope, grouped, number, one_of, plan_pruning, share
+from surgery.option import nested, option
 
 
 @dataclass(frozen=True)
-class Fapm:
+class Fapm(Method):
     """Ratio-aware pruning of the task vector.
 
     Args:
@@ -37,10 +39,17 @@ class Fapm:
     """
 
     name: ClassVar[str] = "fapm"
+    help: ClassVar[
+        str
+    ] = """Prune the task vector by FAPM's score: how far a weight moved, less how far it moved for its size.
+
+    S = |Δ| − mean(|W_pre|) · |Δ| / |W_pre|, the lowest go back to pre. An entry with Δ = 0 scores 0; one with W_pre = 0 and
+    Δ ≠ 0 goes first. Per tensor, round(sparsity · n) entries go, and with them those tied with the last.
+    """
     about: ClassVar[str] = "FAPM, S = |Δ| − mean(|W_pre|) · |Δ| / |W_pre|"
-    sparsity: float = 0.9
-    scope: Scope = field(default_factory=Scope)
-    group: str = "tensor"
+    sparsity: float = option(0.9, **SPARSITY)
+    scope: Scope = nested(Scope)
+    group: str = option("tensor", help=GROUP)
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)

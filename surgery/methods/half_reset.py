@@ -29,14 +29,16 @@ from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
 from surgery.layout import place, unit
 from surgery.methods.actions import Action, Keep, Reset
+from surgery.methods.method import Method
 from surgery.methods.scope import number, one_of, share
+from surgery.option import Swept, option
 
 LEVELS = ("category", "layer", "model")
 ALSO = ("embedding", "head", "norm")
 
 
 @dataclass(frozen=True)
-class HalfReset:
+class HalfReset(Method):
     """Reset a random half of the block tensors to pre.
 
     Args:
@@ -47,11 +49,27 @@ class HalfReset:
     """
 
     name: ClassVar[str] = "half-reset"
+    help: ClassVar[str] = """Reset a random half of the block tensors to pre, as a whole.
+
+    A bias goes with its weight. Embedding, head, final norm and routers stay ft.
+    """
     about: ClassVar[str] = "Half-Reset (HFT: Half Fine-Tuning for Large Language Models, §2)"
-    ratio: float = 0.5
-    level: str = "category"
-    seed: int = 0
-    also: tuple[str, ...] = ()
+    ratio: float = option(
+        0.5,
+        help="Share of the block tensors that is reset, from 0 to 1.",
+        swept=Swept("0.25:0.75:0.25", "ratio (share of matrices reset)"),
+    )
+    level: str = option(
+        "category",
+        help="[b]category[/b]: a half of each layer's attention, feed-forward and norm tensors. [b]layer[/b]: every other "
+        "layer. [b]model[/b]: a half of all block matrices.",
+    )
+    seed: int = option(
+        0, help="Which half. The same seed gives the same tensors on any machine.", swept=Swept("0", "seed")
+    )
+    also: tuple[str, ...] = option(
+        (), help="Reset a group outside the blocks too: embedding, head or norm (the final one). Repeatable."
+    )
 
     def __post_init__(self) -> None:
         share("ratio", self.ratio)
@@ -59,7 +77,7 @@ class HalfReset:
         for group in self.also:
             one_of("also", group, ALSO)
         if self.seed < 0:
-            raise OptionError(f"--seed must be 0 or greater, not {self.seed}.")
+            raise OptionError(f"`seed` must be 0 or greater, not {self.seed}.")
 
     def label(self) -> str:
         return f"half-reset-{number(self.ratio)}"

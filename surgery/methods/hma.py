@@ -21,11 +21,27 @@ from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
 from surgery.layout import Place
 from surgery.methods.actions import Action, Blend, Keep, Reset
+from surgery.methods.method import Method
 from surgery.methods.scope import number, share
+from surgery.option import Swept, option
+
+# MoFO paper, E.5: the 15 triples that HMA is compared with.
+PAPER = (
+    *((0.05, 0.2, 0.35), (0.1, 0.2, 0.3), (0.2, 0.2, 0.2), (0.3, 0.2, 0.1), (0.35, 0.2, 0.05)),
+    *((0.3, 0.5, 0.7), (0.4, 0.5, 0.6), (0.5, 0.5, 0.5), (0.6, 0.5, 0.4), (0.7, 0.5, 0.3)),
+    *((0.65, 0.8, 0.95), (0.7, 0.8, 0.9), (0.8, 0.8, 0.8), (0.9, 0.8, 0.7), (0.95, 0.8, 0.65)),
+)
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ValueError(f"takes numbers with commas between them, such as 0.3,0.2,0.1, not {text!r}.") from None
 
 
 @dataclass(frozen=True)
-class Hma:
+class Hma(Method):
     """Average pre and ft, part by part.
 
     Args:
@@ -33,12 +49,21 @@ class Hma:
     """
 
     name: ClassVar[str] = "hma"
+    help: ClassVar[str] = """Average pre and ft, with a weight of its own for each part of the depth.
+
+    out = α · pre + (1 − α) · ft. Embeddings belong to the first part, final norm and head to the last.
+    """
     about: ClassVar[str] = "HMA, heterogeneous model averaging (arXiv 2309.06256)"
-    ratios: tuple[float, ...] = (0.5,)
+    ratios: tuple[float, ...] = option(
+        (0.5,),
+        help="Weight of pre in each part of the model, from input to output: 0.3,0.2,0.1. One number averages all.",
+        parse=_ratios,
+        swept=Swept("0.1:0.9:0.1", "mean ratio (weight of pre)", {"paper": PAPER}),
+    )
 
     def __post_init__(self) -> None:
         if not self.ratios:
-            raise OptionError("--ratios needs at least one number, such as 0.3,0.2,0.1.")
+            raise OptionError("`ratios` needs at least one number, such as 0.3,0.2,0.1.")
         for ratio in self.ratios:
             share("ratios", ratio)
 
@@ -52,7 +77,7 @@ class Hma:
                 layers[item.place.stack] = max(layers.get(item.place.stack, 0), item.place.layer + 1)
         if layers and len(self.ratios) > min(layers.values()):
             raise OptionError(
-                f"--ratios has {len(self.ratios)} numbers, but the model has only {min(layers.values())} layers to cut."
+                f"`ratios` has {len(self.ratios)} numbers, but the model has only {min(layers.values())} layers to cut."
             )
         return [
             _action(self.ratios[part(item.place, layers, len(self.ratios))]) if item.editable else Keep()

@@ -8,17 +8,19 @@ The entries that moved least go back to pre.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from surgery.checkpoint.item import Item
 from surgery.methods.actions import Action, Prune
-from surgery.methods.scope import GROUPS, Scope, grouped, number, one_of, plan_pruning, share
+from surgery.methods.method import Method
+from surgery.methods.scope import GROUP, GROUPS, SPARSITY, Scope, grouped, number, one_of, plan_pruning, share
+from surgery.option import nested, option
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Method):
     """Magnitude pruning of the task vector.
 
     Args:
@@ -28,10 +30,14 @@ class Magnitude:
     """
 
     name: ClassVar[str] = "magnitude"
+    help: ClassVar[str] = """Prune the task vector by magnitude: the weights that moved least go back to pre.
+
+    S = |Δ|. Per tensor, round(sparsity · n) entries go, and with them those tied with the last.
+    """
     about: ClassVar[str] = "magnitude pruning of the task vector, S = |Δ|"
-    sparsity: float = 0.9
-    scope: Scope = field(default_factory=Scope)
-    group: str = "tensor"
+    sparsity: float = option(0.9, **SPARSITY)
+    scope: Scope = nested(Scope)
+    group: str = option("tensor", help=GROUP)
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)

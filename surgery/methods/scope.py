@@ -6,16 +6,25 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
 from surgery.methods.actions import Action, Keep, Prune, Reset
+from surgery.option import Swept, option
 
 SCOPES = {
     "all": ("attention", "feed_forward", "embedding", "head"),
     "linear": ("attention", "feed_forward"),
 }
 GROUPS = ("tensor", "expert")
+# What several methods' options are, word for word.
+SPARSITY: dict[str, Any] = {
+    "help": "Share of each tensor's entries that goes back to pre, from 0 to 1.",
+    "swept": Swept("0.5:0.95:0.05", "sparsity"),
+}
+GROUP = "What has a threshold of its own: [b]tensor[/b], or [b]expert[/b], each one of a stacked [E, …] tensor."
+LAM = "λ, the factor of the merged task vector."
 
 
 @dataclass(frozen=True)
@@ -31,20 +40,28 @@ class Scope:
         exclude: regular expressions; tensors whose name one of them matches somewhere are out of scope.
     """
 
-    scope: str = "all"
-    rest: str = "ft"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    scope: str = option(
+        "all",
+        help="Tensors to prune: [b]all[/b] (attention, feed-forward, embedding, head) or [b]linear[/b] (attention, "
+        "feed-forward). Routers, norms and biases are in neither.",
+    )
+    rest: str = option("ft", help="What becomes of tensors out of scope: [b]ft[/b] or [b]pre[/b].")
+    include: tuple[str, ...] = option(
+        (), help="Prune only tensors whose name this regular expression matches somewhere. Repeatable."
+    )
+    exclude: tuple[str, ...] = option(
+        (), help="Leave out tensors whose name this regular expression matches. Repeatable."
+    )
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, tuple(SCOPES))
         one_of("rest", self.rest, ("ft", "pre"))
-        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 try:
                     re.compile(pattern)
                 except (re.error, OverflowError, RecursionError) as error:
-                    raise OptionError(f"--{option} {pattern!r} is not a regular expression: {error}.") from None
+                    raise OptionError(f"`{name}` {pattern!r} is not a regular expression: {error}.") from None
 
 
 def plan_pruning(items: Sequence[Item], scope: Scope, action: Callable[[Item], Action]) -> list[Action]:
@@ -67,7 +84,7 @@ def plan_pruning(items: Sequence[Item], scope: Scope, action: Callable[[Item], A
         )
 
     if not any(map(in_scope, items)):
-        raise OptionError("No tensor is in scope, so there is nothing to prune: see --scope, --include and --exclude.")
+        raise OptionError("No tensor is in scope, so there is nothing to prune: see `scope`, `include` and `exclude`.")
     rest = Reset() if scope.rest == "pre" else Keep()
     return [action(item) if in_scope(item) else rest if item.editable else Keep() for item in items]
 
@@ -83,29 +100,29 @@ def grouped(prune: Prune, group: str, item: Item) -> Prune:
     return replace(prune, groups=item.ft.shape[0]) if stacked and group == "expert" else prune
 
 
-def _matches(option: str, pattern: str, names: Sequence[str]) -> set[str]:
-    found = {name for name in names if re.search(pattern, name)}
+def _matches(name: str, pattern: str, names: Sequence[str]) -> set[str]:
+    found = {each for each in names if re.search(pattern, each)}
     if not found:
-        raise OptionError(f"--{option} {pattern!r} matches no tensor; ft has names like {names[0]}.")
+        raise OptionError(f"`{name}` {pattern!r} matches no tensor; ft has names like {names[0]}.")
     return found
 
 
-def share(option: str, value: float) -> None:
+def share(name: str, value: float) -> None:
     """Raise OptionError unless value lies in [0, 1]."""
     if not 0 <= value <= 1:  # NaN fails too
-        raise OptionError(f"--{option} must be between 0 and 1, not {value}.")
+        raise OptionError(f"`{name}` must be between 0 and 1, not {value}.")
 
 
-def finite(option: str, value: float) -> None:
+def finite(name: str, value: float) -> None:
     """Raise OptionError unless value is a number."""
     if not math.isfinite(value):
-        raise OptionError(f"--{option} must be a finite number, not {value}.")
+        raise OptionError(f"`{name}` must be a finite number, not {value}.")
 
 
-def one_of(option: str, value: str, choices: Sequence[str]) -> None:
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise OptionError unless value is one of the choices."""
     if value not in choices:
-        raise OptionError(f"--{option} must be one of {', '.join(choices)}, not {value!r}.")
+        raise OptionError(f"`{name}` must be one of {', '.join(choices)}, not {value!r}.")
 
 
 def number(value: float) -> str:

@@ -17,7 +17,7 @@ Sums are float32, in the order of the models. Where τ_m = 0 the output is the b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,11 +25,13 @@ import numpy as np
 from surgery.checkpoint.item import Item
 from surgery.methods import magnitude
 from surgery.methods.actions import Action, Merge, Prune
-from surgery.methods.scope import Scope, finite, number, plan_pruning, share
+from surgery.methods.method import Method
+from surgery.methods.scope import LAM, SPARSITY, Scope, finite, number, plan_pruning, share
+from surgery.option import nested, option
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(Method):
     """Merge the trimmed task vectors of one or more fine-tuned models, where their signs agree.
 
     Args:
@@ -39,10 +41,22 @@ class Ties:
     """
 
     name: ClassVar[str] = "ties"
+    merges: ClassVar[bool] = True
+    help: ClassVar[
+        str
+    ] = """Merge task vectors by TIES: trim each, elect a sign for every entry, average those that agree.
+
+    out = pre + λ · mean of the trimmed ft − pre that have the sign of their sum. Per tensor and --ft, round(sparsity · n) entries
+    are trimmed, and with them those tied with the last. With one --ft and λ = 1 this is magnitude pruning.
+    """
     about: ClassVar[str] = "TIES, trim, elect sign and merge (arXiv 2306.01708)"
-    sparsity: float = 0.8
-    lam: float = 1.0
-    scope: Scope = field(default_factory=Scope)
+    sparsity: float = option(
+        0.8,
+        help="Share of each task vector's entries that is trimmed, from 0 to 1: those that moved least.",
+        swept=SPARSITY["swept"],
+    )
+    lam: float = option(1.0, help=LAM)
+    scope: Scope = nested(Scope)
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)

@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
 from surgery.methods.actions import Action, PruneRows
-from surgery.methods.scope import Scope, number, one_of, plan_pruning, share
+from surgery.methods.method import Method
+from surgery.methods.scope import SPARSITY, Scope, number, one_of, plan_pruning, share
+from surgery.option import nested, option
 
 GROUPS = ("row", "tensor")
 
@@ -54,7 +56,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(Method):
     """Activation-aware pruning of the task vector.
 
     Args:
@@ -66,10 +68,20 @@ class Wanda:
     """
 
     name: ClassVar[str] = "wanda"
+    calibrated: ClassVar[bool] = True
+    help: ClassVar[
+        str
+    ] = """Prune the task vector by Wanda's score: how far a weight moved, times how large its input is.
+
+    S = |Δ| · ‖X‖, where ‖X‖ is the norm of the input feature over all tokens when the fine-tuned model runs on calibration text,
+    one layer in memory at a time. Needs transformers: pip install 'model-surgery\\[wanda]'.
+    """
     about: ClassVar[str] = "Wanda on the task vector, S = |Δ| · ‖X‖₂ (arXiv 2306.11695)"
-    sparsity: float = 0.9
-    scope: Scope = field(default_factory=Scope)
-    group: str = "row"
+    sparsity: float = option(0.9, **SPARSITY)
+    scope: Scope = nested(Scope)
+    group: str = option(
+        "row", help="What has a threshold of its own: [b]row[/b] (the output row of a weight) or [b]tensor[/b]."
+    )
     calibration: Mapping[str, Any] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict, repr=False, metadata={"parameter": False})
 

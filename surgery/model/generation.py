@@ -40,7 +40,7 @@ def generate(
     room = None if model.length is None else model.length - most
     if room is not None and room < 1:
         raise OptionError(
-            f"--max-new-tokens {most:,} leaves no room for a prompt, since the model takes {model.length:,} tokens. Lower it."
+            f"`max_new_tokens` {most:,} leaves no room for a prompt, since the model takes {model.length:,} tokens. Lower it."
         )
     cut = 0 if room is None else sum(len(prompt) > room for prompt in prompts)
     fitted = [prompt[-(room or len(prompt)) :] for prompt in prompts]

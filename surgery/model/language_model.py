@@ -57,9 +57,9 @@ class LanguageModel:
         self, folder: Path, checkpoint: Checkpoint, *, device: torch.device = CPU, dtype: str = "auto", batch: int = 8
     ) -> None:
         if dtype != "auto" and dtype not in DTYPES:
-            raise OptionError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype}.")
+            raise OptionError(f"`dtype` is auto, {', '.join(DTYPES)}, not {dtype}.")
         if batch < 1:
-            raise OptionError(f"--batch-size must be 1 or more, not {batch}.")
+            raise OptionError(f"`batch_size` must be 1 or more, not {batch}.")
         self.folder, self.batch, self.device = folder, batch, device
         self.dtype = DTYPES.get(dtype) or (
             torch.float32 if self.device.type == "cpu" else main_dtype(checkpoint.tensors.values())
@@ -112,7 +112,7 @@ class LanguageModel:
             raise
         except Exception as error:
             if out_of_memory(error):
-                raise OptionError("Scoring does not fit into memory. Give a smaller --batch-size.") from error
+                raise OptionError("Scoring does not fit into memory. Give a smaller `batch_size`.") from error
             raise CheckpointError(
                 f"{self.folder}: transformers cannot run {type(self.model).__name__} on this text ({reason(error)}). Check that "
                 "the tokenizer and config.json belong to the weights."

@@ -129,7 +129,7 @@ def _score(model: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[float, boo
     if not np.isfinite(loss).all():
         raise CheckpointError(
             f"{model.folder}: the model's logits are not finite when it computes in {str(model.dtype).removeprefix('torch.')}. "
-            "Give --dtype float32; if it says so again, the weights are broken."
+            "Give `dtype` float32; if it says so again, the weights are broken."
         )
     best = torch.cat(greedy).numpy()
     ends = np.cumsum(counts)

@@ -321,7 +321,7 @@ class Weights:
     def _lost(self, name: str) -> str:
         return (
             f"{self.checkpoint.tensors[name].path}: transformers changes {name} while it loads in a way that surgery cannot "
-            "follow. Leave it out with --exclude, or use another method."
+            "follow. Leave it out with `exclude`, or use another method."
         )
 
 

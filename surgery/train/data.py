@@ -18,7 +18,7 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
         return rows, []
     count = max(1, round(share * len(rows)))
     if count >= len(rows):
-        raise OptionError(f"--eval-split {share} leaves none of {len(rows)} rows to train on. Give more data.")
+        raise OptionError(f"`eval_split` {share} leaves none of {len(rows)} rows to train on. Give more data.")
     chosen = set(random.Random(seed).sample(range(len(rows)), count))
     return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in sorted(chosen)]
 

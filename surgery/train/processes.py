@@ -33,10 +33,10 @@ def find(*, fsdp: bool) -> tuple[int, int]:
         raise OptionError(f"Training with DeepSpeed or Megatron is not offered. Start with `{TORCHRUN}`.")
     if _is_set("ACCELERATE_USE_FSDP") and not fsdp:
         raise OptionError(
-            f"accelerate is configured for FSDP, and its options are not used here: start with `{TORCHRUN}` and add --fsdp."
+            f"accelerate is configured for FSDP, and its options are not used here: start with `{TORCHRUN}` and add `fsdp`."
         )
     if fsdp and count == 1:
-        raise OptionError(f"--fsdp shares the weights out over several processes: start with `{TORCHRUN}`.")
+        raise OptionError(f"`fsdp` shares the weights out over several processes: start with `{TORCHRUN}`.")
     return count, rank
 
 

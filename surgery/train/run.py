@@ -94,14 +94,14 @@ def train(
             last = work.last()
             kept = f" The last good state is kept: {last}" if last else ""
             if isinstance(error, KeyboardInterrupt) and last:
-                observer.say(f"{kept.strip()}. Continue with --resume.")
+                observer.say(f"{kept.strip()}. Continue with `resume`.")
             if _template_error(error):
                 raise OptionError(
                     f"The chat template cannot render the data ({error}). Correct the messages."
                 ) from error
             if out_of_memory(error):
                 raise SurgeryError(
-                    f"Out of memory. Raise --accumulation, lower --seq-len, or add --gradient-checkpointing.{kept}"
+                    f"Out of memory. Raise `accumulation`, lower `seq_len`, or add `gradient_checkpointing`.{kept}"
                 ) from error
             if isinstance(error, SurgeryError) and last:
                 raise type(error)(f"{error}{kept}") from error
@@ -311,7 +311,7 @@ def _mixed(rows: list[Row], old: list[Row], settings: Settings, seed: int) -> li
     if old[0].keys() != rows[0].keys():
         rows, old = _with_prompt(rows), _with_prompt(old)
     if isinstance(old[0].get("prompt"), list) != isinstance(rows[0].get("prompt"), list):
-        raise OptionError("--replay holds chat messages and --data does not, or the other way round. Convert one.")
+        raise OptionError("`replay` holds chat messages and `data` does not, or the other way round. Convert one.")
     return replayed(rows, old, settings.replay_ratio, seed)
 
 
@@ -333,7 +333,7 @@ def _check_libraries(settings: Settings) -> None:
     if missing:
         raise OptionError(f"surgery train needs {', '.join(missing)}: pip install 'model-surgery[train]'.")
     if settings.log != "none" and importlib.util.find_spec(settings.log) is None:
-        raise OptionError(f"--log {settings.log} needs it installed: pip install {settings.log}.")
+        raise OptionError(f"`log` {settings.log} needs it installed: pip install {settings.log}.")
 
 
 def _template_error(error: BaseException) -> bool:

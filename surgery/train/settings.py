@@ -15,6 +15,7 @@ from typing import Any
 from surgery.errors import OptionError
 from surgery.methods.half_reset import LEVELS
 from surgery.methods.scope import finite, one_of, share
+from surgery.option import option
 
 TASKS = ("sft", "dpo")
 OPTIMIZERS = ("adamw", "mofo", "hft", "lion", "sgd")
@@ -30,7 +31,11 @@ HELD_OUT = 0.05
 NEUTRAL = ("log", "save_every")
 
 
-@dataclass(frozen=True)
+# Headings of the options.
+DATA, STEPS, OPTIM, KEEP, OUTPUT = "Data", "Length and speed", "Optimizer", "Staying near the start", "Output"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """A training run. A value of None stands for a default that depends on the others: see the properties.
 
@@ -46,95 +51,144 @@ class Settings:
         lora: the rank; None trains the weights themselves.
     """
 
-    model: str
-    data: tuple[str, ...]
-    out: Path
-    task: str = "sft"
-    optim: str = "adamw"
-    prompt_field: str | None = None
-    completion_field: str | None = None
-    completion_only: bool = True
-    packing: bool = False
-    epochs: float = 2.0
-    max_steps: int | None = None
-    lr: float | None = None
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    batch_size: int | None = None
-    accumulation: int | None = None
-    seq_len: int = 1024
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    dtype: str = "float32"
-    save_dtype: str | None = None
-    gradient_checkpointing: bool = False
-    fsdp: bool = False
-    seed: int = 0
-    eval_split: float | None = None
-    save_every: int | None = None
-    log: str = "none"
-    alpha: float = 0.15
-    filter: str = "momentum"
-    hft: float | None = None
-    level: str = "category"
-    l1: float = 0.0
-    l2: float = 0.0
-    mixout: float = 0.0
-    lora: int | None = None
-    keep_adapter: bool = False
-    replay: str | None = None
-    replay_ratio: float = 0.1
-    beta: float = 0.1
+    model: str = option(help="The model to start from: a folder, or a hub id with an optional @revision.", shown=False)
+    data: tuple[str, ...] = option(
+        help="A .jsonl, .json or .parquet file, or a data set on the hub (name or name:subset). Given more than once: rounds "
+        "of continual training, in that order.",
+        shown=False,
+    )
+    out: Path = option(help="Folder for the result.", shown=False)
+    task: str = option("sft", help="[b]sft[/b], or [b]dpo[/b] on preferences.")
+    optim: str = option(
+        "adamw",
+        help="[b]adamw[/b], [b]mofo[/b] (momentum-filtered), [b]hft[/b] (AdamW on half of the tensors), [b]lion[/b] or "
+        "[b]sgd[/b].",
+    )
+    prompt_field: str | None = option(
+        None, help="Field of a record that holds the prompt.", shown="detected", panel=DATA
+    )
+    completion_field: str | None = option(
+        None,
+        help="Field that holds the answer; alone, it is text to train on as a whole.",
+        shown="detected",
+        panel=DATA,
+    )
+    completion_only: bool = option(True, help="Learn the answers only, not the prompts.", panel=DATA)
+    packing: bool = option(False, help="Put several short rows into one sequence.", panel=DATA)
+    seq_len: int = option(
+        1024, help="Tokens at most, and at most what the model takes; longer rows are cut.", panel=DATA
+    )
+    eval_split: float | None = option(
+        None,
+        help="Share of the rows that is held out and evaluated after each epoch.",
+        shown="0, with several --data 0.05",
+        panel=DATA,
+    )
+    epochs: float = option(2.0, help="Times through the data.", panel=STEPS)
+    max_steps: int | None = option(None, help="Steps, in place of --epochs.", panel=STEPS)
+    batch_size: int | None = option(
+        None, help="Rows in a step, all processes and accumulation together.", shown="128, dpo 32", panel=STEPS
+    )
+    accumulation: int | None = option(
+        None,
+        help="Parts in which a step's rows go through the model: more take less memory.",
+        shown="8 rows at once",
+        panel=STEPS,
+    )
+    gradient_checkpointing: bool = option(False, help="Compute activations twice, to keep fewer.", panel=STEPS)
+    fsdp: bool = option(False, help="Share the weights out over the processes of torchrun (FSDP2).", panel=STEPS)
+    dtype: str = option(
+        "float32",
+        help="What the weights are held in meanwhile: float32 (on a GPU with bfloat16 arithmetic) or bfloat16.",
+        panel=STEPS,
+    )
+    lr: float | None = option(None, help="Peak learning rate.", shown="2e-5, with LoRA 1e-4, dpo 5e-7", panel=OPTIM)
+    schedule: str = option("cosine", help="After the warm-up: cosine, linear or constant.", panel=OPTIM)
+    warmup: float = option(0.03, help="Steps of warm-up, or below 1 their share.", panel=OPTIM)
+    weight_decay: float = option(0.0, help="Of matrices, decoupled.", panel=OPTIM)
+    clip: float = option(1.0, help="Largest norm of the gradient; 0 for any.", panel=OPTIM)
+    alpha: float = option(0.15, help="mofo: share of each tensor's entries that a step updates.", panel=OPTIM)
+    filter: str = option(
+        "momentum",
+        help="mofo: which entries, those of the largest momentum, gradient, mv (m / √v), or random.",
+        panel=OPTIM,
+    )
+    hft: float | None = option(
+        None,
+        help="Freeze this share of the tensors, under any optimizer; a new draw each round.",
+        shown="0.5 with --optim hft",
+        metavar="RATIO",
+        panel=KEEP,
+    )
+    level: str = option("category", help="hft: draw by category, layer or model, as half-reset.", panel=KEEP)
+    l1: float = option(0.0, help="λ of a penalty λ ‖θ − θ0‖₁.", panel=KEEP)
+    l2: float = option(0.0, help="λ of a penalty λ ‖θ − θ0‖².", panel=KEEP)
+    mixout: float = option(
+        0.0, help="Probability that an entry of a matrix is θ0's in a pass through the model.", panel=KEEP
+    )
+    lora: int | None = option(None, help="Train LoRA adapters, and merge them.", metavar="RANK", panel=KEEP)
+    keep_adapter: bool = option(False, help="Write the LoRA adapter itself.", panel=KEEP)
+    replay: str | None = option(None, help="Older data to mix in, as --data.", metavar="FILE", panel=KEEP)
+    replay_ratio: float = option(0.1, help="Share of the mixture that is older data.", panel=KEEP)
+    beta: float = option(0.1, help="dpo: how strongly it holds to the start model.", panel=KEEP)
+    seed: int = option(0, help="Of the order, the draws and new weights.")
+    save_dtype: str | None = option(
+        None, help="float32 or bfloat16.", shown="as in the model, tensor by tensor", panel=OUTPUT
+    )
+    save_every: int | None = option(
+        None, help="Save a state to --resume from.", shown="never", metavar="STEPS", panel=OUTPUT
+    )
+    log: str = option("none", help="none, tensorboard or wandb.", panel=OUTPUT)
 
     def __post_init__(self) -> None:
         choices = {"task": TASKS, "optim": OPTIMIZERS, "schedule": SCHEDULES, "filter": FILTERS, "log": LOGS}
         for name, allowed in {**choices, "dtype": DTYPES, "level": LEVELS}.items():
             one_of(name, getattr(self, name), allowed)
         if self.save_dtype is not None:
-            one_of("save-dtype", self.save_dtype, DTYPES)
+            one_of("save_dtype", self.save_dtype, DTYPES)
         for name in ("hft", "replay_ratio", "mixout", "eval_split"):
-            share(_option(name), getattr(self, name) or 0.0)
+            share(name, getattr(self, name) or 0.0)
         for name in ("epochs", "alpha", "beta", "rate"):
-            finite(_option(name), getattr(self, name))
+            finite(_field(name), getattr(self, name))
             if getattr(self, name) <= 0:
-                raise OptionError(f"--{_option(name)} must be greater than 0, not {getattr(self, name)}.")
+                raise OptionError(f"`{_field(name)}` must be greater than 0, not {getattr(self, name)}.")
         share("alpha", self.alpha)
         for name in ("warmup", "weight_decay", "clip", "l1", "l2"):
-            finite(_option(name), getattr(self, name))
+            finite(_field(name), getattr(self, name))
             if getattr(self, name) < 0:
-                raise OptionError(f"--{_option(name)} must be 0 or greater, not {getattr(self, name)}.")
+                raise OptionError(f"`{name}` must be 0 or greater, not {getattr(self, name)}.")
         for name in ("batch", "max_steps", "accumulation", "save_every", "lora", "seq_len"):
             value, least = getattr(self, name), 2 if name == "seq_len" else 1
             if value is not None and value < least:
-                raise OptionError(f"--{_option(name)} must be at least {least}, not {value}.")
+                raise OptionError(f"`{_field(name)}` must be at least {least}, not {value}.")
         if not 0 <= self.seed < 1 << 32:
-            raise OptionError(f"--seed must be from 0 to {(1 << 32) - 1}, not {self.seed}.")
+            raise OptionError(f"`seed` must be from 0 to {(1 << 32) - 1}, not {self.seed}.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         if not self.data:
-            raise OptionError("--data is missing. Give a .jsonl, .json or .parquet file, or a data set on the hub.")
+            raise OptionError("`data` is missing. Give a .jsonl, .json or .parquet file, or a data set on the hub.")
         if self.prompt_field is not None and self.completion_field is None:
-            raise OptionError("--prompt-field needs --completion-field beside it.")
+            raise OptionError("`prompt_field` needs `completion_field` beside it.")
         if self.mixout == 1 or self.replay_ratio == 1 or self.eval_split == 1:
-            raise OptionError("--mixout, --replay-ratio and --eval-split must be below 1.")
+            raise OptionError("`mixout`, `replay_ratio` and `eval_split` must be below 1.")
         if self.lora is None and self.keep_adapter:
-            raise OptionError("--keep-adapter needs --lora RANK.")
+            raise OptionError("`keep_adapter` needs `lora` RANK.")
         if self.lora is not None and (self.frozen is not None or self.l1 or self.l2 or self.mixout):
             raise OptionError(
-                "--lora trains no weight of the model itself, so --hft, --optim hft, --l1, --l2 and --mixout do not go with it."
+                "`lora` trains no weight of the model itself, so `hft`, `optim` hft, `l1`, `l2` and `mixout` do not go with it."
             )
         if self.fsdp and self.mixout:
-            raise OptionError("--mixout needs whole weights in each process, so it does not go with --fsdp.")
+            raise OptionError("`mixout` needs whole weights in each process, so it does not go with `fsdp`.")
         if self.keep_adapter and self.multi:
-            raise OptionError("--keep-adapter goes with one --data: each round would need the adapters before it.")
+            raise OptionError("`keep_adapter` goes with one `data`: each round would need the adapters before it.")
         if self.task == "dpo":
             if self.packing or self.replay is not None or self.multi or not self.completion_only:
                 raise OptionError(
-                    "--task dpo takes one --data, and neither --packing, --replay nor --no-completion-only."
+                    "`task` dpo takes one `data`, and neither `packing`, `replay` nor `completion_only` off."
                 )
             if self.prompt_field is not None or self.completion_field is not None:
-                raise OptionError("--task dpo reads the fields prompt, chosen and rejected. Rename them in the data.")
+                raise OptionError("`task` dpo reads the fields prompt, chosen and rejected. Rename them in the data.")
 
     @property
     def multi(self) -> bool:
@@ -176,14 +230,14 @@ class Settings:
         share, rest = divmod(self.batch, processes)
         if rest:
             raise OptionError(
-                f"--batch-size {self.batch} cannot be shared by {processes} processes. Choose a multiple."
+                f"`batch_size` {self.batch} cannot be shared by {processes} processes. Choose a multiple."
             )
         parts = self.accumulation
         if parts is None:
             parts = next(count for count in range(1, share + 1) if share % count == 0 and share // count <= TOGETHER)
         if share % parts:
             raise OptionError(
-                f"--accumulation {parts} does not divide the {share} sequences of a step. Choose a divisor."
+                f"`accumulation` {parts} does not divide the {share} sequences of a step. Choose a divisor."
             )
         return share // parts, parts
 
@@ -191,7 +245,7 @@ class Settings:
         """Return plain values under the options' names, with defaults filled in."""
         values = dataclasses.asdict(self) | {"data": list(self.data), "out": str(self.out)}
         values |= {"lr": self.rate, "batch_size": self.batch, "hft": self.frozen, "eval_split": self.held_out}
-        return {_option(name): value for name, value in values.items()}
+        return {name.replace("_", "-"): value for name, value in values.items()}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -207,7 +261,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise OptionError(f"{path}: cannot be read ({error.strerror or error}). Check --config.") from None
+        raise OptionError(f"{path}: cannot be read ({error.strerror or error}). Check `config`.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         line = (str(error).splitlines() or [""])[0]
         raise OptionError(f"{path}: is not YAML ({line}). Correct it.") from None
@@ -248,5 +302,6 @@ def _typed(path: Path, key: str, value: Any, kind: str) -> Any:
 _WORDS = {"str": "text", "Path": "a path", "bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
-def _option(name: str) -> str:
-    return {"rate": "lr", "batch": "batch-size"}.get(name, name.replace("_", "-"))
+def _field(name: str) -> str:
+    """The field that a property fills in where it is None."""
+    return {"rate": "lr", "batch": "batch_size"}.get(name, name)

@@ -100,7 +100,7 @@ class Watch(TrainerCallback):
         for name, value in (("loss", logs["loss"]), ("norm of the gradient", logs.get("grad_norm", 0.0))):
             if not math.isfinite(value):
                 raise OptionError(
-                    f"Step {state.global_step}: the {name} is {value}, so training was stopped. Lower --lr, or look for broken "
+                    f"Step {state.global_step}: the {name} is {value}, so training was stopped. Lower `lr`, or look for broken "
                     "rows in the data."
                 )
         self.advance(state.global_step, state.max_steps, logs)
@@ -231,7 +231,7 @@ def _unlimited(args: Any) -> Any:
 def _check_left(dataset: Any, args: Any) -> None:
     if not len(dataset):
         raise OptionError(
-            f"No row is left to learn from: every prompt alone fills --seq-len {args.max_length}. Raise it."
+            f"No row is left to learn from: every prompt alone fills `seq_len` {args.max_length}. Raise it."
         )
 
 

@@ -54,7 +54,7 @@ class Work:
             self.file = path.open("a+", encoding="utf-8")
             if not lock(self.file.fileno()) or not same_file(self.file.fileno(), path):
                 self.file.close()
-                raise OutputError(f"{self.out}: another surgery run is writing it. Wait or choose another --out.")
+                raise OutputError(f"{self.out}: another surgery run is writing it. Wait or choose another `out`.")
             try:
                 self._begin()
             except BaseException:
@@ -76,8 +76,8 @@ class Work:
             changed -= {name.replace("_", "-") for name in NEUTRAL}
             if changed:
                 raise OutputError(
-                    f"{self.out}: --resume needs the run that broke off, but this one differs in {', '.join(sorted(changed))}. "
-                    "Repeat that command, or start afresh without --resume."
+                    f"{self.out}: `resume` needs the run that broke off, but this one differs in {', '.join(sorted(changed))}. "
+                    "Repeat that command, or start afresh without `resume`."
                 )
         for path in self.folder.iterdir():
             if path.name != "settings.json" and not (self.resume and path != self.result):

@@ -116,7 +116,7 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="--save-norms"):
+    with pytest.raises(OutputError, match="`save_norms`"):
         save(tmp_path / "none" / "n.safetensors", norms(), KEY)
     with pytest.raises(OutputError, match="must end in"):
         save(tmp_path / "n.bin", norms(), KEY)

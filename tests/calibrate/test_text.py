@@ -161,7 +161,7 @@ def test_a_sample_is_no_longer_than_the_model_takes(
 
 BAD: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b'{"text": "w1"}\n\n{"text": \n', "line 3 is not JSON"),
-    ("a.jsonl", b'{"body": "w1", "title": "w2"}\n', "--text-field: body, title"),
+    ("a.jsonl", b'{"body": "w1", "title": "w2"}\n', "`text_field`: body, title"),
     ("a.jsonl", b'{"text": 7}\n', "neither text nor chat messages"),
     ("a.jsonl", b"[1, 2]\n", "no record with fields"),
     ("a.jsonl", b"", "holds 0 tokens"),

@@ -168,7 +168,7 @@ def test_limits(text: str, limit: Limit) -> None:
 
 @pytest.mark.parametrize("text", ["", "forgetting>=0.1", "retention<=1", "forgetting<=x", "forgetting<=nan", "loss<=1"])
 def test_limits_that_are_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="--choose takes"):
+    with pytest.raises(OptionError, match="`choose` takes"):
         parse_limit(text)
 
 

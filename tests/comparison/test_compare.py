@@ -278,7 +278,7 @@ def test_the_command_prints_a_table_and_writes_a_report(
         (["--limit", "0"], "--limit must be 1 or more"),
         (["--device", "cuda:9"], "cuda"),
         (["--report", "."], "holds something else"),
-        (["--cache", "cli.py"], "cannot be made"),
+        (["`cache`", "cli.py"], "cannot be made"),
         (["--general", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--pre", "nowhere/at/all"], "no such folder 'nowhere/at/all'"),
         (["nowhere/at/all"], "no such folder 'nowhere/at/all'"),
@@ -442,8 +442,8 @@ def test_results_of_other_programs_are_not_replaced(
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which even root makes no file")
 def test_a_cache_that_takes_no_files_is_refused_before_the_work(tmp_path: Path) -> None:
     measure = Total()
-    with pytest.raises(OutputError, match="--cache"):
-        compare(open_subjects(*map(str, pair_of(tmp_path))), [measure], [], Scoring(cache="/proc"))
+    with pytest.raises(OutputError, match="`cache`"):
+        compare(open_subjects(*map(str, pair_of(tmp_path))), [measure], [], Scoring(cache=Path("/proc")))
     assert measure.calls == 0
 
 

@@ -109,7 +109,7 @@ def test_curves_show_scores_bands_and_both_ends() -> None:
             assert (row["parameters"]["sparsity"], round(0.9 - row[end], 6)) in corners
     levels = {text.get_text(): text.xy[1] for text in general.texts if isinstance(text, Annotation)}
     assert levels == {"pre": pytest.approx(0.9), "ft": pytest.approx(0.779)}
-    assert [axes.get_xlabel().split(" ")[0] for axes in figure.axes[3:]] == ["sparsity", "mean", "ratio"]
+    assert [axes.get_xlabel().split(" ")[0] for axes in figure.axes[3:]] == ["sparsity", "ratio", "mean"]
 
 
 def test_bars_are_the_scores_of_the_same_few_rows_in_every_panel() -> None:

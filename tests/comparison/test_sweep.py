@@ -21,12 +21,13 @@ from helpers.families import FAMILIES
 from helpers.reference.formulas import same_bits
 
 from surgery.__main__ import main
-from surgery.comparison.grid import PAPER, command_words, interleaved, label, numbers, on_a_line, triples, whole_numbers
+from surgery.comparison.grid import command_words, interleaved, label, numbers, on_a_line, settings, whole_numbers
 from surgery.comparison.optimize import MOST, pattern_search
 from surgery.demo.tokens import tokenizer
 from surgery.errors import OptionError
 from surgery.evaluation.measures.perplexity import Perplexity
 from surgery.methods import Dare, Fapm, HalfReset, Hma, Method, Ties
+from surgery.methods.hma import PAPER
 from surgery.methods.scope import Scope
 
 SCORES = ("--task", "task.txt", "--general", "general.txt", "--seq-len", "24", "--cache", "cache")
@@ -279,7 +280,7 @@ def test_ctrl_c_shows_and_writes_what_is_done(root: Path, capsys: pytest.Capture
 def test_sparsity_auto(
     method: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("surgery.commands.auto.TRIED", "0:1:0.25")
+    monkeypatch.setattr("surgery.commands.search.TRIED", "0:1:0.25")
     words = [
         method,
         "--pre",
@@ -386,7 +387,7 @@ def test_options_that_are_refused_before_any_work(
     ("words", "says"),
     [
         (("fapm", "--sparsity", "auto"), "--sparsity auto needs --task, --general, --max-forgetting"),
-        (("fapm", "--sparsity", "half"), "no number"),
+        (("fapm", "--sparsity", "half"), "takes a number or auto"),
         (("fapm", "--sparsity", "auto", "--max-forgetting", "nan", *SCORES[:4]), "--max-forgetting must be a number"),
         (("fapm", "--max-forgetting", "0.1"), "--max-forgetting goes with --sparsity auto only"),
         (("magnitude", "--task", "task.txt"), "--task goes with --sparsity auto only"),
@@ -438,15 +439,16 @@ def test_numbers() -> None:
     assert numbers("0.9,0.1:0.3:0.1,0.2", "") == (0.1, 0.2, 0.3, 0.9)
     assert numbers("0:1:0.3", "") == (0.0, 0.3, 0.6, 0.9)
     assert whole_numbers("0:4:2,7", "") == (0, 2, 4, 7)
-    assert triples(["0.2,0.2,0.2", "0.1:0.3:0.1"], "") == ((0.1,), (0.2,), (0.3,), (0.2, 0.2, 0.2))
+    ratios = [method.ratios for method in settings(Hma, {"ratios": ["0.2,0.2,0.2", "0.1:0.3:0.1"]})]  # type: ignore[attr-defined]
+    assert ratios == [(0.1,), (0.2,), (0.3,), (0.2, 0.2, 0.2)]
     for text in ("", "0.5;0.6", "1:2:0", "nan", "inf", "0:inf:1", "1e999:2e999:1"):
         with pytest.raises(OptionError):
-            numbers(text, "--sparsity")
+            numbers(text, "sparsity")
 
 
 def test_the_papers_triples() -> None:
     """MoFO paper, E.5: five of each mean."""
-    assert set(triples(["paper"], "")) == set(PAPER)
+    assert {method.ratios for method in settings(Hma, {"ratios": ["paper"]})} == set(PAPER)  # type: ignore[attr-defined]
     assert len(set(PAPER)) == 15
     assert [round(sum(triple) / 3, 9) for triple in PAPER] == [0.2] * 5 + [0.5] * 5 + [0.8] * 5
 

@@ -156,11 +156,11 @@ def test_what_is_outside_the_layers_is_reset_only_when_asked(also: tuple[str, ..
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"ratio": 1.5}, "--ratio"),
-        ({"ratio": float("nan")}, "--ratio"),
-        ({"level": "row"}, "--level"),
-        ({"seed": -1}, "--seed"),
-        ({"also": ("router",)}, "--also"),
+        ({"ratio": 1.5}, "`ratio`"),
+        ({"ratio": float("nan")}, "`ratio`"),
+        ({"level": "row"}, "`level`"),
+        ({"seed": -1}, "`seed`"),
+        ({"also": ("router",)}, "`also`"),
     ],
 )
 def test_refused(options: dict[str, object], named: str) -> None:

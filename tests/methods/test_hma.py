@@ -81,11 +81,11 @@ def test_float64_is_not_rounded_on_the_way(tmp_path: Path) -> None:
 
 
 def test_more_ratios_than_layers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"--ratios has 3 numbers, but the model has only 2 layers"):
+    with pytest.raises(OptionError, match=r"`ratios` has 3 numbers, but the model has only 2 layers"):
         edit(tmp_path, tiny_llama(), tiny_llama(), Hma((0.3, 0.2, 0.1)))
 
 
 @pytest.mark.parametrize("ratios", [(), (1.5,), (0.5, -0.1), (float("nan"),)])
 def test_ratios_are_checked_by_name(ratios: tuple[float, ...]) -> None:
-    with pytest.raises(OptionError, match="--ratios"):
+    with pytest.raises(OptionError, match="`ratios`"):
         Hma(ratios)

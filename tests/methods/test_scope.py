@@ -66,7 +66,7 @@ def test_rest_is_independent_of_the_sparsity(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_refused(option: str, tmp_path: Path) -> None:
     patterns: dict[str, Any] = {option: ("self_attn", "atention")}
-    with pytest.raises(OptionError, match=f"--{option} 'atention' matches no tensor"):
+    with pytest.raises(OptionError, match=f"`{option}` 'atention' matches no tensor"):
         returned(tmp_path, Scope(**patterns))
 
 
@@ -78,10 +78,10 @@ def test_a_scope_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"include": ("(",)}, "--include"),
-        ({"exclude": ("*",)}, "--exclude"),
-        ({"scope": "some"}, "--scope"),
-        ({"rest": "base"}, "--rest"),
+        ({"include": ("(",)}, "`include`"),
+        ({"exclude": ("*",)}, "`exclude`"),
+        ({"scope": "some"}, "`scope`"),
+        ({"rest": "base"}, "`rest`"),
     ],
 )
 def test_scope_options_are_checked_by_name(options: dict[str, Any], named: str) -> None:
@@ -92,5 +92,5 @@ def test_scope_options_are_checked_by_name(options: dict[str, Any], named: str) 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("method", [Fapm, Magnitude])
 def test_sparsity_is_checked_by_name(method: type[Fapm] | type[Magnitude], sparsity: float) -> None:
-    with pytest.raises(OptionError, match="--sparsity must be between 0 and 1"):
+    with pytest.raises(OptionError, match="`sparsity` must be between 0 and 1"):
         method(sparsity)

@@ -155,7 +155,7 @@ def test_models_that_do_not_match_are_refused(tmp_path: Path) -> None:
             prepare(tmp_path / "pre", [tmp_path / "ft", tmp_path / other], Ties())
     scope = Scope(exclude=(head,))
     assert prepare(tmp_path / "pre", [tmp_path / "ft", tmp_path / "headless"], Ties(scope=scope)).steps
-    with pytest.raises(OptionError, match="fapm takes one --ft, not 2"):
+    with pytest.raises(OptionError, match="fapm takes one `ft`, not 2"):
         prepare(tmp_path / "pre", [tmp_path / "ft", tmp_path / "ft"], Fapm())
 
 
@@ -173,7 +173,7 @@ def test_numbers_that_are_none_are_refused_in_any_model(root: Path) -> None:
 
 def test_a_sum_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     pre, fts = models((F16, F16), 2)
-    with pytest.raises(Exception, match=r"becomes too large for F16 when it is merged\. Lower --lam"):
+    with pytest.raises(Exception, match=r"becomes too large for F16 when it is merged\. Lower `lam`"):
         merged(tmp_path, pre, fts, Ties(0.5, 1e7))
 
 

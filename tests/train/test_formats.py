@@ -70,7 +70,7 @@ def prepared(model: Path, file: Path, **more: Any) -> tuple[list[dict[str, list[
     """The rows that the trainer would learn from, and the trainer."""
     from surgery.train.trainer import build
 
-    settings = Settings(str(model), (str(file),), Path("out"), max_steps=1, batch_size=1, **more)
+    settings = Settings(model=str(model), data=(str(file),), out=Path("out"), max_steps=1, batch_size=1, **more)
     data = read(str(file), task=settings.task, prompt=settings.prompt_field, completion=settings.completion_field)
     opened = open_model(str(model))
     with _quiet():
@@ -170,7 +170,7 @@ def test_long_rows_are_cut_and_counted(model: Path, tmp_path: Path) -> None:
         [*ids("w1 w2 w3 w4"), END],
         ids("w1 w2 w3 w4 w5"),
     ]
-    with pytest.raises(OptionError, match="every prompt alone fills --seq-len 5"):
+    with pytest.raises(OptionError, match="every prompt alone fills `seq_len` 5"):
         prepared(model, write(tmp_path / "b.jsonl", records[3:]), seq_len=5)
 
 

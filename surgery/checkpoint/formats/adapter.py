@@ -259,7 +259,7 @@ def _update(
     if before.shape != (sizes[::-1] if transposed else sizes):
         raise CheckpointError(
             f"{weights}: {module} fits a weight of shape {list(sizes)}, where the base has {list(before.shape)}. Give the base "
-            "that it was made for as --pre."
+            "that it was made for as `pre`."
         )
     return Update(a, b, settings.scale(module), transposed, twice=embedding)
 

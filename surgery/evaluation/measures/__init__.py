@@ -91,8 +91,8 @@ def find_measures(
     tasks = [source for source in sources if source.file is None]
     if metric is not None and sources and len(tasks) == len(sources):
         raise OptionError(
-            f"--metric {metric} is for files, and {tasks[0].typed} is a task of lm-evaluation-harness, which has its own. "
-            "Leave --metric out."
+            f"`metric` {metric} is for files, and {tasks[0].typed} is a task of lm-evaluation-harness, which has its own. "
+            "Leave `metric` out."
         )
     measures: list[Measure] = []
     names = set(taken)
@@ -110,10 +110,10 @@ def find_measures(
 
 def _check(metric: str | None, limit: int | None, seq_len: int, max_new_tokens: int) -> None:
     if metric is not None and metric not in KNOWN:
-        raise OptionError(f"--metric {metric} is unknown. Choose from {', '.join(KNOWN)}.")
-    for name, value, least in (("limit", limit, 1), ("seq-len", seq_len, 2), ("max-new-tokens", max_new_tokens, 1)):
+        raise OptionError(f"`metric` {metric} is unknown. Choose from {', '.join(KNOWN)}.")
+    for name, value, least in (("limit", limit, 1), ("seq_len", seq_len, 2), ("max_new_tokens", max_new_tokens, 1)):
         if value is not None and value < least:
-            raise OptionError(f"--{name} must be {least} or more, not {value}.")
+            raise OptionError(f"`{name}` must be {least} or more, not {value}.")
 
 
 def _sources(spec: str) -> list[Source]:

@@ -342,7 +342,7 @@ def test_other_words_are_tasks_of_the_harness_in_their_place(tmp_path: Path, mon
     found = find_measures([f"mmlu,arc:easy,{file}", str(task)], limit=3)
     assert names(found) == ["mmlu", "arc:easy", "gsm/mmlu", str(task)]
     assert asked == [(["mmlu", "arc:easy"], 3), ([str(task)], 3)]
-    with pytest.raises(OptionError, match="--metric exact is for files"):
+    with pytest.raises(OptionError, match="`metric` exact is for files"):
         find_measures(["mmlu"], metric="exact")
 
 
@@ -370,10 +370,10 @@ BROKEN: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"question": "?", "answer": "none"}], {"metric": "numeric"}, "answer 1 has no number"),
     ([{"question": "?", "answer": "鴨"}], {"metric": "rouge-l"}, "answer 1 has no word"),
     ([{"question": "?", "answer": "\ud800"}], {}, "half of a character"),
-    (ASKED, {"metric": "bleu"}, "--metric bleu is unknown"),
-    (ASKED, {"limit": 0}, "--limit must be 1 or more"),
-    (ASKED, {"seq_len": 1}, "--seq-len must be 2 or more"),
-    (ASKED, {"max_new_tokens": 0}, "--max-new-tokens must be 1"),
+    (ASKED, {"metric": "bleu"}, "`metric` bleu is unknown"),
+    (ASKED, {"limit": 0}, "`limit` must be 1 or more"),
+    (ASKED, {"seq_len": 1}, "`seq_len` must be 2 or more"),
+    (ASKED, {"max_new_tokens": 0}, "`max_new_tokens` must be 1"),
 ]
 
 

@@ -1,0 +1,215 @@
+"""Edits that find their own setting: `--sparsity auto` of the pruning methods, `--optimize` of hma."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import OptionError
+from surgery.evaluation.scoring import Scoring
+from surgery.methods import Hma, Method
+from surgery.option import chosen, declared_options, flag, option
+
+if TYPE_CHECKING:
+    from surgery.comparison.sweep import Edits
+    from surgery.editing.job import Job
+
+AUTO = "auto"
+TRIED = "0:1:0.01"  # sparsities
+MOST = 33  # of them, where scores are not monotone: every 0.03
+BESIDE = 0.9  # what is planned before the search, which refuses what a sparsity does not change
+WITH_AUTO, WITH_OPTIMIZE = "With --sparsity auto", "With --optimize"
+SCORED = ("task", "general", "limit", "cache")
+
+
+@dataclass(frozen=True)
+class Limited:
+    """What a sparsity that is searched for has to meet."""
+
+    max_forgetting: float | None = option(
+        None,
+        help="How far the general score may fall below pre's: 0.01 is a point of accuracy, or one percent of likelihood.",
+        panel=WITH_AUTO,
+    )
+
+
+@dataclass(frozen=True)
+class Optimize:
+    """Whether the ratios of hma are searched for, and under which mean."""
+
+    optimize: bool = option(
+        False,
+        help="Find the ratios of three parts, under a fixed mean, with the best mean of retention and 1 − forgetting: 25 "
+        "settings are scored at most.",
+        panel=WITH_OPTIMIZE,
+    )
+    mean: float | None = option(None, help="Of the three ratios.", shown="0.3", panel=WITH_OPTIMIZE)
+
+
+def parts(method: type[Method]) -> list[type]:
+    """The options of a method's search, if it has one."""
+    if method is Hma:
+        return [Optimize, chosen(Scoring, SCORED, panel=WITH_OPTIMIZE)]
+    return [chosen(Scoring, SCORED, panel=WITH_AUTO), Limited] if _has_sparsity(method) else []
+
+
+def words(method: type[Method]) -> dict[str, dict[str, Any]]:
+    """How the method's own options read where they may be searched for."""
+    if not _has_sparsity(method):
+        return {}
+    return {
+        "sparsity": {
+            "parse": _share_or_auto,
+            "metavar": "NUMBER|auto",
+            "help": "Share of each tensor's entries that goes back to pre, from 0 to 1; or [b]auto[/b], the one that keeps most "
+            "of the task within --max-forgetting.",
+        }
+    }
+
+
+def asked(method: type[Method], values: dict[str, Any]) -> str | None:
+    """What the default output is called where a search is asked for; None where none is. Sets what is planned before it.
+
+    Args:
+        values: of the method's options and its search's.
+
+    Raises:
+        OptionError: the search lacks an option, or one of its options is given without it.
+    """
+    if method is Hma:
+        if values["optimize"] and values["ratios"] != Hma().ratios:
+            raise OptionError("`optimize` finds the ratios: leave `ratios` out, and give their `mean`.")
+        _check(values, ("mean", *SCORED), values["optimize"], "`optimize`", ("task", "general"))
+        return "hma-optimized" if values["optimize"] else None
+    if not _has_sparsity(method):
+        return None
+    auto, needed = values["sparsity"] == AUTO, ("task", "general", "max_forgetting")
+    _check(values, (*SCORED, "max_forgetting"), auto, "`sparsity` auto", needed)
+    if not auto:
+        return None
+    if not math.isfinite(values["max_forgetting"]):
+        raise OptionError(f"`max_forgetting` must be a number, such as 0.01, not {values['max_forgetting']}.")
+    values["sparsity"] = BESIDE
+    return f"{method.name}-{AUTO}"
+
+
+def measures(values: Mapping[str, Any], device: str) -> Any:
+    """The scoring of a search, and its measures, which are checked here, before a calibration that takes its time."""
+    scoring = Scoring(**{name: values[name] for name in SCORED}, device=device)
+    return scoring, *scoring.measures()
+
+
+def found(job: Job, values: Mapping[str, Any], device: str, allow_nonfinite: bool, scored: Any) -> Job:
+    """The job at the setting that the search chooses, which says so in its report.
+
+    Args:
+        job: checked, at some setting.
+        scored: of `measures`.
+
+    Raises:
+        OptionError: no setting meets the limit.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    scoring, tasks, general = scored
+    edits = _edits(job, device, allow_nonfinite)
+    from surgery.comparison.display import scoring_progress
+
+    if isinstance(job.method, Hma):
+        from surgery.comparison.optimize import optimize
+
+        with scoring_progress(None) as observe:
+            best, sentence = optimize(edits, _mean(values), tasks, general, scoring, observe=observe)
+        return _noted(edits, best, sentence)
+    from surgery.comparison.choose import Limit
+    from surgery.comparison.grid import numbers
+    from surgery.comparison.sweep import sweep
+
+    settings = [replace(job.method, sparsity=value) for value in numbers(TRIED, "sparsity")]  # type: ignore[type-var]
+    limit = Limit("forgetting", values["max_forgetting"])
+    with scoring_progress(None) as observe:
+        swept = sweep(edits, [settings], tasks, general, scoring, limit=limit, most=MOST, observe=observe)
+    if swept.document["stopped"]:
+        raise KeyboardInterrupt
+    if swept.best is None:
+        raise OptionError(swept.document["choice"]["sentence"])
+    return _noted(edits, swept.best, swept.document["choice"]["sentence"])
+
+
+def planned(job: Job, values: Mapping[str, Any]) -> None:
+    """Note in a dry run that a search would follow."""
+    if isinstance(job.method, Hma):
+        _mean(values)
+    what = "ratios" if isinstance(job.method, Hma) else "sparsity"
+    job.pair.notes.append(f"The {what} would be searched for.")
+
+
+def _has_sparsity(method: type[Method]) -> bool:
+    return not method.merges and any(one.name == "sparsity" for one in declared_options(method))
+
+
+def _mean(values: Mapping[str, Any]) -> float:
+    from surgery.methods.scope import share
+
+    mean = 0.3 if values["mean"] is None else float(values["mean"])
+    share("mean", mean)
+    return mean
+
+
+def _share_or_auto(text: str) -> float | str:
+    try:
+        return AUTO if text == AUTO else float(text)
+    except ValueError:
+        raise ValueError(f"takes a number or auto, not {text!r}.") from None
+
+
+def _check(values: Mapping[str, Any], names: Sequence[str], wanted: bool, by: str, needed: Sequence[str]) -> None:
+    """Refuse a search without its options, and its options without the search."""
+    for name in names:
+        missing = values[name] in (None, ())
+        if wanted and name in needed and missing:
+            raise OptionError(f"{by} needs {', '.join(f'`{one}`' for one in needed)}.")
+        if not wanted and not missing:
+            raise OptionError(f"`{name}` goes with {by} only.")
+
+
+def _edits(job: Job, device: str, allow_nonfinite: bool) -> Edits:
+    """The job at any setting, and the command line for it: the one that was typed, without the search."""
+    from surgery.comparison.grid import setting_words
+    from surgery.comparison.sweep import Edits
+    from surgery.evaluation.subject import open_subjects
+
+    line, flags = ["surgery", *sys.argv[1:]], {flag("optimize"), flag("resume")}
+    own = [one.name for part in parts(type(job.method)) for one in declared_options(part)]
+    valued = {flag(name) for name in own} - flags | set(setting_words(job.method)[:1])
+    subjects = open_subjects(job.pair.pre.source.typed, job.pair.ft.source.typed)
+    return Edits(
+        subjects,
+        {job.method.name: job},
+        lambda method: [*_without(line, flags, valued), *setting_words(method)],
+        device,
+        allow_nonfinite,
+    )
+
+
+def _without(line: Sequence[str], flags: set[str], valued: set[str]) -> list[str]:
+    """The words of a command line without some options and their values."""
+    kept, skip = [], False
+    for word in line:
+        name, equals, _ = word.partition("=")
+        if skip or name in flags:
+            skip = False
+        elif name in valued:
+            skip = not equals
+        else:
+            kept.append(word)
+    return kept
+
+
+def _noted(edits: Edits, method: Method, sentence: str) -> Job:
+    job = edits.job(method)
+    job.pair.notes.extend([sentence, f"Without the search: {shlex.join(edits.commands(method))}"])
+    return job
