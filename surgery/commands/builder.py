@@ -22,6 +22,9 @@ from surgery.option import Declared, build, declared_options, flag
 # Takes the values of all options and the names of those that were typed, and returns the values to go on with.
 Complete = Callable[[dict[str, Any], frozenset[str]], dict[str, Any]]
 
+# Name of a parameter -> its option, of all commands.
+FLAGS: dict[str, str] = {}
+
 
 def command(
     app: typer.Typer,
@@ -44,6 +47,8 @@ def command(
     options = [one for part in parts for one in declared_options(part)]
     if complete:
         options = [replace(one, default=None) if one.default is MISSING else one for one in options]
+
+    FLAGS.update({one.name: one.option.flag or flag(one.name) for one in options if not one.option.argument})
 
     def run(self: Any) -> None:
         typed = frozenset(
@@ -119,9 +124,4 @@ def typed(value: Any) -> str:
 
 def with_flags(message: str) -> str:
     """A message of a function that knows no command line, with options for its parameters: `drop_rate` becomes --drop-rate."""
-    from surgery.commands import app  # which imports this module first
-
-    found: dict[str, str] = {}
-    for one in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
-        found |= {parameter.name: parameter.opts[0] for parameter in one.params if parameter.opts[0].startswith("--")}
-    return re.sub(r"`(\w+)`", lambda name: found.get(name[1], name[0]), message)
+    return re.sub(r"`(\w+)`", lambda name: FLAGS.get(name[1], name[0]), message)

@@ -278,7 +278,7 @@ def test_the_command_prints_a_table_and_writes_a_report(
         (["--limit", "0"], "--limit must be 1 or more"),
         (["--device", "cuda:9"], "cuda"),
         (["--report", "."], "holds something else"),
-        (["`cache`", "cli.py"], "cannot be made"),
+        (["--cache", "cli.py"], "cannot be made"),
         (["--general", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--pre", "nowhere/at/all"], "no such folder 'nowhere/at/all'"),
         (["nowhere/at/all"], "no such folder 'nowhere/at/all'"),

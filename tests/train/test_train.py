@@ -532,7 +532,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_state(
         (("--seq-len", "3"), "every prompt alone fills --seq-len 3"),
         (("--task", "dpo"), "known are prompt, chosen, rejected"),
         (("--plot", "scores.png"), "--plot draws the scores of several tasks"),
-        (("--plot", "scores.pdf", "--data", "missing.jsonl"), "the name must end in .png or .svg"),
+        (("--plot", "scores.txt", "--data", "missing.jsonl"), "the name must end in .png or .svg"),
         (("--log", "tensorboard"), "--log tensorboard needs it installed"),
     ],
 )

@@ -308,11 +308,11 @@ def test_the_front_joins_the_pareto_optimal_rows_from_left_to_right() -> None:
 
 def test_curves_go_through_the_means_of_equal_settings() -> None:
     document = samples.sweep()
-    sparsity, mean_ratio, ratio = curve_charts(document)
+    sparsity, ratio, mean_ratio = curve_charts(document)
     rows = {row["label"]: row for row in document["rows"]}
     downstream, general = sparsity
-    assert [chart["x"]["label"] for chart in (downstream, mean_ratio[0], ratio[0])] == [
-        *("sparsity", "mean ratio (weight of pre)", "ratio (share of matrices reset)")
+    assert [chart["x"]["label"] for chart in (downstream, ratio[0], mean_ratio[0])] == [
+        *("sparsity", "ratio (share of matrices reset)", "mean ratio (weight of pre)")
     ]
     line = next(line for line in downstream["lines"] if line["series"] == 0)["points"]
     for x, y, low, high in line:
