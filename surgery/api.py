@@ -27,6 +27,7 @@ from surgery.errors import OptionError
 from surgery.evaluation.scoring import Scoring
 from surgery.evaluation.subject import Subject, base_subject, edited_subject, open_base, open_subject, tuned_subject
 from surgery.methods import METHODS, Method
+from surgery.paths import local
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +106,7 @@ class Comparison:
         """
         from surgery.comparison.folder import PAGE, Folder
 
-        Folder(Path(folder)).write(self.document)
+        Folder(Path(folder), local(*(row["checkpoint"] for row in self.rows))).write(self.document)
         return Path(folder) / PAGE
 
 

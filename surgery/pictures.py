@@ -10,16 +10,19 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError
+from surgery.paths import Kind
 from surgery.text import readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Endings of the files that a figure can be written to.
+# Endings of the files that a figure can be written to, and what tells programs that surgery drew one.
 ENDINGS = (".png", ".svg", ".pdf")
+MARK = "model-surgery"
 # Colours by name, on white and on a dark ground. c0, c1, … are those of Okabe and Ito, which the colour-blind can tell apart.
 LIGHT = {
     "paper": "#ffffff",
@@ -53,6 +56,7 @@ PAPER, INK, MUTED, LINE = (LIGHT[name] for name in ("paper", "ink", "muted", "li
 SERIES = tuple(colour for name, colour in LIGHT.items() if name.startswith("c"))
 HEAT = "viridis"  # matplotlib's name for the colours of a heat map
 LONGEST = 60  # characters of a name
+MOST_BYTES = 1 << 26  # of a picture
 
 
 def check_matplotlib(name: str = "plot") -> None:
@@ -71,12 +75,30 @@ def render(figure: Figure, kind: str, *, embedded: bool = False) -> bytes:
     import matplotlib
 
     content = io.BytesIO()
-    dates = {"svg": "Date", "pdf": "CreationDate"}  # left out: the same figure gives the same file
+    # Dates are left out: the same figure gives the same file.
+    metadata = {
+        "png": {"Software": MARK},
+        "svg": {"Creator": MARK, "Date": None},
+        "pdf": {"Creator": MARK, "CreationDate": None},
+    }
     settings: Any = {"svg.hashsalt": "surgery", "svg.fonttype": "none" if embedded else "path"}
     with matplotlib.rc_context(settings), without_glyph_warnings():
-        metadata = {dates[kind]: None} if kind in dates else None
-        figure.savefig(content, format=kind, dpi=150, metadata=metadata, transparent=embedded)
+        figure.savefig(content, format=kind, dpi=150, metadata=metadata[kind], transparent=embedded)
     return content.getvalue()
+
+
+def drawn(path: Path) -> bool:
+    """Whether a file is a picture of `render`: it carries the mark."""
+    raw = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+    marks = {
+        b"\x89PNG": f"Software\0{MARK}",
+        b"<?xml": f"<dc:title>{MARK}</dc:title>",
+        b"%PDF-": f"/Creator ({MARK})",
+    }
+    return any(raw.startswith(begin) and mark.encode() in raw for begin, mark in marks.items())
+
+
+PICTURE = Kind("picture", ENDINGS, drawn)
 
 
 @contextmanager

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     *(
         "errors",
+        "paths",
         "option",
         "text",
         "display",
         "pictures",
         "native",
         "layout",
-        "paths",
         "checkpoint",
         "provenance",
         "device",

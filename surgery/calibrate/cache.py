@@ -7,7 +7,7 @@ which weights are stored [in, out], and under "key" what the norms depend on: th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,28 @@ from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, OptionError
 from surgery.methods.wanda import Norm
-from surgery.paths import OutFile
+from surgery.paths import Kind, OutFile
 
 FORMAT = "surgery-input-norms"
-ENDINGS = (".safetensors",)
 
 
-def save(path: Path, norms: Mapping[str, Norm], key: Mapping[str, Any]) -> None:
-    """Write norms and what they depend on, whole or not at all; a file that is there is replaced.
+def saved(path: Path) -> bool:
+    """Whether a file holds norms that `save` wrote."""
+    try:
+        return read_header(path).metadata.get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
+NORMS = Kind("file of norms", (".safetensors",), saved)
+
+
+def save(path: Path, norms: Mapping[str, Norm], key: Mapping[str, Any], inputs: Iterable[Path] = ()) -> None:
+    """Write norms and what they depend on, whole or not at all; earlier norms that are there are replaced.
 
     Args:
         key: JSON values; "weights" is the fingerprint.
+        inputs: files and folders that must not be written to.
 
     Raises:
         OutputError: the file cannot be written.
@@ -40,7 +51,7 @@ def save(path: Path, norms: Mapping[str, Norm], key: Mapping[str, Any]) -> None:
         tensors[f"{name}:tokens"] = np.asarray(norm.tokens, np.int64)
     transposed = [name for name, norm in norms.items() if norm.transposed]
     metadata = {"format": FORMAT, "key": json.dumps(dict(key), sort_keys=True), "transposed": json.dumps(transposed)}
-    with OutFile(path, ENDINGS, "save_norms") as out:
+    with OutFile(path, NORMS, "save_norms", inputs) as out:
         out.write(encode(tensors, metadata))
 
 

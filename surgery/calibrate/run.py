@@ -19,7 +19,7 @@ from surgery.checkpoint.source import BORROWING
 from surgery.editing.job import Job, replan
 from surgery.methods.actions import PruneRows
 from surgery.methods.wanda import Norm, Wanda
-from surgery.paths import OutFile
+from surgery.paths import OutFile, local
 
 
 def activations(job: Job, calibration: Calibration) -> int:
@@ -58,9 +58,10 @@ def _input_norms(
     from surgery.device import find_device
 
     ft, folder = job.pair.ft, _folder(job)
+    inputs = [*job.inputs, *local(calibration.calibration)]
     with ExitStack() as stack:
         if calibration.save_norms:  # refuse a bad place before the work
-            stack.enter_context(OutFile(calibration.save_norms, cache.ENDINGS, "save_norms"))
+            stack.enter_context(OutFile(calibration.save_norms, cache.NORMS, "save_norms", inputs))
     tokens, about = None, dict[str, Any]()
     if calibration.calibration is not None:
         tokens, about = text.samples(
@@ -89,7 +90,7 @@ def _input_norms(
         )
         about["weights"] = weights_fingerprint(ft, checksums)
     if calibration.save_norms:
-        cache.save(calibration.save_norms, norms, about)
+        cache.save(calibration.save_norms, norms, about, inputs)
     digest = hashlib.sha256(b"".join(norms[name].values.tobytes() for name in sorted(norms))).hexdigest()
     return norms, about | {"norms_sha256": digest}
 

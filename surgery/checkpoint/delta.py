@@ -35,6 +35,7 @@ from surgery.checkpoint.durable import explained, lock, postponed, same_file, sy
 from surgery.checkpoint.formats.safetensors import encode_header, read_header
 from surgery.checkpoint.tensor import Reader, Span, Tensor
 from surgery.errors import CheckpointError, OutputError
+from surgery.paths import Kind
 
 FORMAT = "surgery-task-vector"
 FILE = "file:"
@@ -99,6 +100,17 @@ def _check_parts(path: Path, tensor: Mapping[str, Any], parts: Mapping[str, Tens
         fits = mask is None and kept is None and tensor["base"] is not None
     if not fits or any(type(size) is not int or size < 0 for size in shape) or dtype not in BITS:
         raise CheckpointError(f"{path}: what it holds of tensor {name} is damaged. Extract the task vector again.")
+
+
+def extracted(path: Path) -> bool:
+    """Whether a file is a task vector that surgery wrote."""
+    try:
+        return read_header(path).metadata.get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
+DELTA = Kind("task vector", (".safetensors",), extracted)
 
 
 class DeltaDraft:

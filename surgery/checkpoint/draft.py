@@ -27,11 +27,12 @@ from surgery.checkpoint.durable import (
     uninterrupted,
 )
 from surgery.checkpoint.formats.safetensors import encode_header
-from surgery.checkpoint.output import appear
+from surgery.checkpoint.listing import JOURNAL, REPORT, listing
+from surgery.checkpoint.output import appear, tidy
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import OutputError
+from surgery.text import dumps
 
-JOURNAL = "surgery-journal.jsonl"
 SYNC_SECONDS = 0.5
 WRITE_BYTES = 1 << 20
 
@@ -79,6 +80,7 @@ class Draft:
         self.locks = {name: threading.Lock() for name in shards}
         self.pending: list[tuple[str, dict[str, Any]]] = []
         self.made: list[Path] = []
+        self.left: list[str] = []
         self.stop = threading.Event()
         self.failure: OSError | None = None
         self.locked = self.committed = False
@@ -117,12 +119,15 @@ class Draft:
         self.done[name] = record
         self.pending.append((name, record))
 
-    def commit(self, files: Mapping[str, bytes], copies: Mapping[str, Path]) -> None:
+    def commit(
+        self, files: Mapping[str, bytes], copies: Mapping[str, Path], report: dict[str, Any] | None = None
+    ) -> None:
         """Add headers, files and copies, make everything durable, and let the output appear.
 
         Args:
             files: name in the output, which may have a folder in it -> content.
             copies: likewise -> file to copy.
+            report: what becomes the output's report; gets the list of the output's files.
         """
         self._stop_syncer()
         with explained(self.folder):
@@ -138,6 +143,10 @@ class Draft:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
                 sync_file(target)
+            if report is not None:
+                report["files"] = listing(self.folder)
+                (self.folder / REPORT).write_bytes(dumps(report))
+                sync_file(self.folder / REPORT)
             for name, header in self.headers.items():
                 _write(self.files[name], header, 0)
                 os.fsync(self.files[name])
@@ -156,7 +165,7 @@ class Draft:
             sync_folder(self.out)
             sync_folder(self.out.parent)
         self._close()
-        shutil.rmtree(old, ignore_errors=True)
+        self.left = tidy(self.out, old)
 
     def _make_folder(self) -> None:
         missing = self.folder.parent

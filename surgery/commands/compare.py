@@ -47,7 +47,8 @@ def _compare(pair: Pair, others: Others, shown: Shown, scoring: Scoring) -> None
     from surgery.comparison.folder import Folder
     from surgery.evaluation.subject import open_subjects
 
-    folder = Folder(shown.report) if shown.report else None
+    inputs = scoring.inputs(pair.pre, pair.ft, *others.checkpoints)
+    folder = Folder(shown.report, inputs) if shown.report else None
     subjects = open_subjects(pair.pre, pair.ft, others.checkpoints)
     tasks, general = scoring.measures()
     with scoring_progress(len(subjects)) as observe:

@@ -87,6 +87,7 @@ def _extract(
 
     For each tensor, a bit mask of the entries that are not pre's, and their bits. surgery apply makes the checkpoint of it again.
     """
+    from surgery.checkpoint.delta import DELTA
     from surgery.checkpoint.output import check_file
     from surgery.display import progress, say
     from surgery.editing.display import show_report
@@ -104,7 +105,7 @@ def _extract(
             raise OptionError(f"`{name}` is no option of {choice.method}.")
     check_machine(machine.device, machine.workers)
     job = plan(models.pre, models.ft, build(method, given), strict=checks.strict)
-    target = check_file(choice.out, job.inputs, force=replace.force)
+    target = check_file(choice.out, job.inputs, DELTA, force=replace.force)
     start = time.monotonic()
     with progress(job.reading) as advance:
         report, nbytes = extract(

@@ -54,20 +54,24 @@ def _diff(asked: Asked) -> None:
     from contextlib import ExitStack
 
     from surgery.diff.display import show_diff, show_tensor
-    from surgery.diff.measure import as_csv, comparable, measure, prepare, select
+    from surgery.diff.measure import TABLE, as_csv, comparable, measure, prepare, select
     from surgery.display import progress
     from surgery.engines.stream import workers as count_workers
-    from surgery.paths import OutFile
+    from surgery.paths import OutFile, local
 
     count_workers(asked.workers)
     if asked.plot:
-        from surgery.pictures import ENDINGS, check_matplotlib
+        from surgery.pictures import PICTURE, check_matplotlib
 
         check_matplotlib()
+    inputs = local(asked.pre, asked.ft)
     with ExitStack() as places:
-        table = places.enter_context(OutFile(asked.csv, (".csv",), "csv")) if asked.csv else None
-        picture = places.enter_context(OutFile(asked.plot, ENDINGS, "plot")) if asked.plot else None
+        table = places.enter_context(OutFile(asked.csv, TABLE, "csv", inputs)) if asked.csv else None
+        picture = places.enter_context(OutFile(asked.plot, PICTURE, "plot", inputs)) if asked.plot else None
         both = prepare(asked.pre, asked.ft)
+        for place in (table, picture):
+            if place:
+                place.keep_off([*both.pre.files.values(), *both.ft.files.values()])
         tensors = [select(both, asked.tensor)] if asked.tensor else comparable(both)
         with progress(sum(each.nbytes for each in tensors)) as advance:
             document = measure(both, tensors, workers=asked.workers, advance=advance)

@@ -120,8 +120,9 @@ def _sweep(
 
     edits = Edits(subjects, jobs, line, allow_nonfinite=checks.allow_nonfinite)
     edits.check(one for group in groups for one in group)
+    inputs = [*job.inputs, *scoring.inputs(pair.pre, pair.ft)]
     tasks, general = scoring.measures()
-    folder = Folder(shown.report) if shown.report else None
+    folder = Folder(shown.report, inputs) if shown.report else None
     for kind in calibrating:
         at, name = kinds.index(kind), main_option(kind).name
         jobs[kind.name] = _calibrated(job, groups[at][0], Calibration(**calibrated), scoring.device)

@@ -67,19 +67,22 @@ def _train(settings: Settings, given: Given) -> None:
     """
     from contextlib import ExitStack
 
-    from surgery.paths import OutFile
+    from surgery.paths import OutFile, local
     from surgery.train.display import Screen
     from surgery.train.run import Observer, train
 
     if given.plot is not None:
-        from surgery.pictures import ENDINGS, check_matplotlib, render
+        from surgery.pictures import PICTURE, check_matplotlib, render
 
         if not settings.multi:
             raise OptionError("`plot` draws the scores of several tasks: give more than one `data`, or leave it out.")
         check_matplotlib()
     with ExitStack() as places:
         screen = places.enter_context(Screen(quiet=given.as_json))
-        picture = places.enter_context(OutFile(given.plot, ENDINGS, "`plot`")) if given.plot and screen.leads else None
+        picture = None
+        if given.plot and screen.leads:
+            inputs = local(settings.model, *settings.data, settings.replay)
+            picture = places.enter_context(OutFile(given.plot, PICTURE, "plot", inputs))
         report = train(
             settings,
             force=given.force,

@@ -19,13 +19,14 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from surgery import provenance
 from surgery.checkpoint.item import Item
-from surgery.checkpoint.output import REPORT
+from surgery.checkpoint.listing import REPORT
 from surgery.checkpoint.pair import Pair, pair
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import open_both
@@ -38,12 +39,15 @@ from surgery.engines.stream import Tick, stream
 from surgery.engines.stream import workers as count_workers
 from surgery.errors import CheckpointError, OptionError
 from surgery.layout import CATEGORIES
+from surgery.paths import Kind
 from surgery.text import csv_lines
 
 # How far a measured ‖Δ‖/‖W‖ may be from the one in a report: sums are added up in another order.
 SAME = 1e-6
 # Histograms of a group are added up when there are this many: seldom enough to save time, often enough to save memory.
 PARTS = 16
+# How a table of tensors begins.
+HEAD = b"name,stack,layer,category,dtype,shape,entries,unchanged,"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,15 @@ def measure(
         ],
         "tensors": lines,
     }
+
+
+def tabled(path: Path) -> bool:
+    """Whether a file begins as a table of `as_csv` does."""
+    with path.open("rb") as file:
+        return file.read(len(HEAD)) == HEAD
+
+
+TABLE = Kind("table", (".csv",), tabled)
 
 
 def as_csv(document: dict[str, Any]) -> bytes:

@@ -138,7 +138,8 @@ def run(
         except OSError as error:
             raise explain(error, job.out) from error
         document = _report(job, checksums, command)
-        draft.commit(documents(document, job.container) | stored, copies)
+        draft.commit(documents(document, job.container) | stored, copies, document)
+    document["notes"].extend(draft.left)
     return document
 
 

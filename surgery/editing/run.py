@@ -12,7 +12,6 @@ from surgery.checkpoint.container import Container
 from surgery.checkpoint.draft import Draft
 from surgery.checkpoint.durable import explain
 from surgery.checkpoint.formats import SETS
-from surgery.checkpoint.output import REPORT
 from surgery.checkpoint.tensor import Sink
 from surgery.editing import report
 from surgery.editing.job import Job, check_unchanged, identity, reading
@@ -22,7 +21,6 @@ from surgery.engines.stream import Tick, stream
 from surgery.engines.stream import workers as count_workers
 from surgery.methods import parameters
 from surgery.methods.actions import Step
-from surgery.text import dumps
 
 
 class Engine(Protocol):
@@ -95,14 +93,14 @@ def run(
         check_unchanged(job, about)
         # A resumed run reports the command that began it.
         document = report_of(job, draft.done, draft.identity["command"])
-        draft.commit(documents(document, job.container) | job.changed, job.copies)
+        draft.commit(documents(document, job.container) | job.changed, job.copies, document)
+    document["notes"].extend(draft.left)
     return document
 
 
 def documents(document: dict[str, Any], container: Container) -> dict[str, bytes]:
-    """Return the files that surgery itself writes beside the weights: report, model card, and the index of several shards."""
+    """Return the files that surgery itself writes beside weights and report: the model card, and the index of several shards."""
     files = {
-        REPORT: dumps(document),
         "README.md": report.model_card(document, document["output"]).encode(errors="backslashreplace"),
     }
     if container.index is not None:

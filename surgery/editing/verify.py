@@ -16,7 +16,7 @@ from surgery.checkpoint.dtypes import BITS, RAW
 from surgery.checkpoint.formats import ADAPTER
 from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.hub import Source, resolve
-from surgery.checkpoint.output import REPORT
+from surgery.checkpoint.listing import REPORT
 from surgery.checkpoint.pair import pair
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import open_both, open_checkpoint, weights_of

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,18 @@ import numpy as np
 
 from surgery.errors import OutputError
 from surgery.evaluation.scores import Scores
-from surgery.paths import OutFile, expanded
+from surgery.paths import Kind, OutFile, apart
 
 FORMAT = 1
+BEGIN = b'{"key": {'
+
+
+def _kept(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(BEGIN)) == BEGIN
+
+
+SCORES = Kind("file of scores", (".json",), _kept)
 
 
 class Cache:
@@ -26,12 +37,14 @@ class Cache:
     Args:
         folder: made where there is none; None to keep nothing.
 
+        inputs: files and folders that are read, and must not be written to.
+
     Raises:
-        OutputError: it cannot be made or written to.
+        OutputError: it cannot be made or written to, or lies in an input.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
-        self.folder = expanded(folder) if folder else None
+    def __init__(self, folder: str | Path | None, inputs: Iterable[Path] = ()) -> None:
+        self.folder = apart(Path(folder), inputs, "cache", replaced=False) if folder else None
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +52,7 @@ class Cache:
                 raise OutputError(
                     f"`cache` {folder}: cannot be made ({error.strerror}). Choose another folder."
                 ) from error
-            with OutFile(self.folder / "scores.json", (".json",), "cache"):
+            with OutFile(self.folder / f"{secrets.token_hex(32)}.json", SCORES, "cache"):
                 pass  # it can be written to, which would else be known after hours
 
     def find(self, key: dict[str, Any]) -> Scores | None:
@@ -75,7 +88,7 @@ class Cache:
             "items": list(scores.items),
             "extra": scores.extra,
         }
-        with OutFile(path, (".json",), "cache") as file:
+        with OutFile(path, SCORES, "cache") as file:
             file.write(json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace"))
 
     def _path(self, key: dict[str, Any]) -> Path | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError
 from surgery.option import option
+from surgery.paths import apart, local
 
 if TYPE_CHECKING:
     from surgery.evaluation.bench import Bench, Observe
@@ -65,6 +66,19 @@ class Scoring:
     cache: Path | None = option(
         None, help="Keep scores here, and do not compute again what is here.", metavar="DIR", panel=WORK
     )
+
+    def inputs(self, *models: str) -> list[Path]:
+        """The files and folders here that are read: of the measures, and of models as the user typed them (NAME=MODEL too).
+
+        Raises:
+            OutputError: the folder for scores lies in one of them.
+        """
+        names = (name for typed in models for name in (typed, typed.partition("=")[2]) if name)
+        measured = (name for typed in (*self.task, *self.general) for name in (typed, typed.rpartition(":")[0]) if name)
+        found = local(*names, *measured)
+        if self.cache:
+            apart(Path(self.cache), found, "cache", replaced=False)
+        return found
 
     def measures(self) -> tuple[list[Measure], list[Measure]]:
         """The measures of the task and of general ability, checked before any work.

@@ -13,7 +13,7 @@ from typing import Any
 from surgery.checkpoint.delta import FORMAT, open_delta
 from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.hub import resolve
-from surgery.checkpoint.output import REPORT
+from surgery.checkpoint.listing import REPORT
 from surgery.checkpoint.pair import Pair, pair
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import Checkpoint, open_both, open_checkpoint

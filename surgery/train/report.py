@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.item import Item
-from surgery.checkpoint.output import REPORT
+from surgery.checkpoint.listing import REPORT, listing
 from surgery.checkpoint.source import Checkpoint
 from surgery.diff import measure as diff
 from surgery.editing.moved import moved
@@ -84,11 +84,12 @@ def write(found: dict[str, Any], settings: Settings, result: Path) -> None:
     """Write report, settings and model card beside the weights."""
     import yaml
 
-    (result / REPORT).write_bytes(dumps(found))
     (result / SETTINGS).write_text(
         yaml.safe_dump(settings.as_json(), sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
     (result / "README.md").write_text(_card(found, settings), encoding="utf-8", errors="backslashreplace")
+    found["files"] = listing(result)
+    (result / REPORT).write_bytes(dumps(found))
 
 
 def _card(found: dict[str, Any], settings: Settings) -> str:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from surgery.checkpoint.durable import explained, lock, same_file, sync_file, sync_folder, uninterrupted
-from surgery.checkpoint.output import appear
+from surgery.checkpoint.output import appear, tidy
 from surgery.errors import OutputError
 from surgery.train.settings import NEUTRAL
 
@@ -124,7 +124,7 @@ class Work:
             with uninterrupted():
                 old = appear(self.result, self.out, replace=self.replace)
                 sync_folder(self.out.parent)
-                shutil.rmtree(old, ignore_errors=True)
+                tidy(self.out, old)
 
 
 def _complete(state: Path) -> bool:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.outputs import as_output
 from safetensors import SafetensorError, safe_open
 
-from surgery.checkpoint.draft import JOURNAL, Draft
+from surgery.checkpoint.draft import Draft
+from surgery.checkpoint.listing import JOURNAL, REPORT
 from surgery.checkpoint.output import check_output
 from surgery.checkpoint.tensor import Span, Tensor
 from surgery.errors import OutputError
@@ -156,6 +158,7 @@ def test_replace(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="appeared while surgery worked"), draft(out) as made:
         made.commit({}, {})
     assert (out / "sub/stale.safetensors").exists()
+    as_output(out)
     with draft(out, replace=True) as made:
         fill(made, "a", "b")
         made.commit({}, {})
@@ -167,6 +170,7 @@ def test_a_rename_that_fails_brings_the_old_output_back(tmp_path: Path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.safetensors").touch()
+    as_output(out)
     rename = Path.rename
 
     def fails(path: Path, target: Path) -> Path:
@@ -178,7 +182,7 @@ def test_a_rename_that_fails_brings_the_old_output_back(tmp_path: Path, monkeypa
     with pytest.raises(OutputError, match="Input/output error"), draft(out, replace=True) as made:
         made.commit({}, {})
     assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
-    assert os.listdir(out) == ["old.safetensors"]  # noqa: PTH208
+    assert sorted(os.listdir(out)) == ["old.safetensors", REPORT]  # noqa: PTH208
 
 
 def test_writers_of_one_shard_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -201,7 +205,7 @@ def test_writers_of_one_shard_do_not_disturb_each_other(tmp_path: Path) -> None:
         (".", True, "contains the input"),
         ("empty", False, "exists already"),
         ("file", True, "is a file"),
-        ("mine", True, "only a checkpoint"),
+        ("mine", True, "holds config.json, and no surgery-report.json"),
     ],
 )
 def test_outputs_that_are_refused(tmp_path: Path, out: str, force: bool, said: str) -> None:
@@ -218,6 +222,7 @@ def test_outputs_that_are_allowed(tmp_path: Path) -> None:
     for name in ("ft", "ft-fapm", "empty", "old"):
         (tmp_path / name).mkdir()
     (tmp_path / "old/model.safetensors").touch()
+    as_output(tmp_path / "old")
     (tmp_path / "dangling").symlink_to("target")
     for out, force in (("new", False), ("ft-2", False), ("empty", True), ("old", True)):
         assert check_output(tmp_path / out, [tmp_path / "ft"], force=force) == tmp_path / out

@@ -415,18 +415,25 @@ def test_columns_of_measures_with_odd_names_fit(
 
 
 def test_the_table_is_shown_though_the_report_cannot_be_written(
-    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The place of the page is taken while the models are scored."""
     report = tmp_path / "report"
-    assert main(short(files, "--report", str(report))) == 0
-    capsys.readouterr()
-    (report / "index.html").unlink()
-    (report / "index.html").mkdir()
+    score = Bench.score
+
+    def and_take(bench: Bench, subject: Any) -> Any:
+        (report / "index.html").mkdir(exist_ok=True)
+        return score(bench, subject)
+
+    monkeypatch.setattr(Bench, "score", and_take)
     assert main(short(files, "--report", str(report), "--json")) == 1
     out, err = capsys.readouterr()
     assert len(json.loads(out)["rows"]) == 2
     assert err.startswith("error: --report ")
     assert err.count("\n") == 1
+    # Known before the work, it is refused before the work.
+    assert main(short(files, "--report", str(report), "--json")) == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_results_of_other_programs_are_not_replaced(

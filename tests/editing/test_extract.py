@@ -287,7 +287,7 @@ def test_options_and_outputs_that_are_refused(tmp_path: Path, capsys: pytest.Cap
     for words, said in (
         (("--method", "fapm", "--ratio", "0.5", "--out", out), "--ratio is no option of fapm"),
         (("--method", "median", "--out", out), "--method must be one of"),
-        (("--method", "fapm", "--out", tmp_path / "ft/delta.safetensors"), "is in the input"),
+        (("--method", "fapm", "--out", tmp_path / "ft/delta.safetensors"), "is inside the input"),
         (("--method", "fapm", "--out", tmp_path / "delta.bin"), "ends with .safetensors"),
         (("--method", "fapm", "--out", tmp_path), "is a folder"),
     ):
@@ -296,7 +296,12 @@ def test_options_and_outputs_that_are_refused(tmp_path: Path, capsys: pytest.Cap
     out.write_text("mine")
     assert run("extract", *pair, "--method", "fapm", "--out", out) == 1
     assert out.read_text() == "mine"
-    assert run("extract", *pair, "--method", "fapm", "--out", out, "--force") == 0
+    assert run("extract", *pair, "--method", "fapm", "--out", out, "--force") == 1
+    assert "replaces only a task vector that surgery wrote" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    out.unlink()
+    for force in ([], ["--force"]):
+        assert run("extract", *pair, "--method", "fapm", "--out", out, *force) == 0
     assert load_file(out)
 
 

@@ -32,6 +32,7 @@ from helpers.checkpoints import (
     write_checkpoint,
 )
 from helpers.command import SURGERY, call, contents, is_one_sentence, refused, surgery
+from helpers.outputs import as_output
 from safetensors.torch import load_file
 
 PAIR = ("--pre", "pre", "--ft", "ft")
@@ -253,7 +254,8 @@ def test_nonfinite_numbers_of_a_tensor_that_only_ft_has_are_noted(root: Path) ->
 def test_force_spares_a_folder_with_training_checkpoints(root: Path) -> None:
     write_checkpoint(root / "run", {"stale": torch.zeros(2)})
     (root / "run/checkpoint-500").mkdir()
-    refused(root, "fapm", *PAIR, "--out", "run", "--force", says=("run: holds checkpoint-500", "--out"))
+    as_output(root / "run")
+    refused(root, "fapm", *PAIR, "--out", "run", "--force", says=("run: holds the folder checkpoint-500", "--out"))
 
 
 # command and options -> what the sentence says
@@ -313,11 +315,11 @@ OUTPUTS: dict[tuple[str, ...], tuple[Damage, tuple[str, ...]]] = {
     ("file/out",): (lambda root: (root / "file").write_text("mine"), ("file",)),
     ("mine", "--force"): (
         lambda root: _folder_with(root / "mine", "thesis.tex"),
-        ("mine: --force replaces only a checkpoint",),
+        ("mine: holds", "no surgery-report.json"),
     ),
     ("node", "--force"): (
         lambda root: _folder_with(root / "node", "config.json"),
-        ("node: --force replaces only a checkpoint",),
+        ("node: holds config.json, and no surgery-report.json",),
     ),
     ("n" * 300,): (lambda root: None, ("nnn", "too long")),
     ("~no-such-user/out",): (lambda root: None, ("~no-such-user", "no such user")),
@@ -497,7 +499,7 @@ def test_a_fault_at_every_operation(
 ) -> None:
     (root / "ft/tokenizer.json").write_text("{}")
     if old:
-        write_checkpoint(root / "deep/out", {"old": torch.ones(3)})
+        as_output(write_checkpoint(root / "deep/out", {"old": torch.ones(3)}))
     before = contents(root)
     force = ["--force"] if old else []
     at = 0
@@ -515,7 +517,7 @@ def test_a_fault_at_every_operation(
             assert os.listdir(root / "deep") == ["out"]  # noqa: PTH208
             shutil.rmtree(root / "deep/out" if old else root / "deep")
             if old:
-                write_checkpoint(root / "deep/out", {"old": torch.ones(3)})
+                as_output(write_checkpoint(root / "deep/out", {"old": torch.ones(3)}))
             continue
         if isinstance(error, OSError):
             assert code == 1

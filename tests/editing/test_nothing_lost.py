@@ -23,6 +23,7 @@ from helpers.checkpoints import (
     write_checkpoint,
 )
 from helpers.command import call, contents, refused
+from helpers.outputs import as_output
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -165,6 +166,7 @@ def test_nothing_of_an_earlier_output_stays(root: Path) -> None:
     (out / "sub").mkdir()
     for name in ("vocab.txt", "model.safetensors", "sub/x.json"):
         (out / name).write_text("stale")
+    as_output(out)
     change_tensors(root / "ft", lambda tensors: None)
     edit(root, "fapm", "--force")
     assert {path.name for path in out.iterdir()} == {
@@ -181,6 +183,7 @@ def test_hard_links_between_output_and_input_do_not_harm_the_input(root: Path) -
     out.mkdir()
     for path in (root / "ft").iterdir():
         os.link(path, out / path.name)
+    as_output(out)
     before = contents(root / "ft")
     edit(root, "hma", "--force")
     assert contents(root / "ft") == before
@@ -189,7 +192,7 @@ def test_hard_links_between_output_and_input_do_not_harm_the_input(root: Path) -
 
 def test_an_output_that_is_a_link(root: Path) -> None:
     """Where it leads is replaced, and the link stays; into an input it is refused."""
-    write_checkpoint(root / "elsewhere", {"old": torch.ones(1)})
+    as_output(write_checkpoint(root / "elsewhere", {"old": torch.ones(1)}))
     (root / "out").symlink_to("elsewhere")
     edit(root, "hma", "--out", "out", "--force")
     assert (root / "out").is_symlink()

@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 from helpers.checkpoints import fine_tuned, tiny_llama, tiny_llama_pair, write_checkpoint
 from helpers.command import contents, is_one_sentence, surgery
+from helpers.outputs import as_output
 from safetensors import SafetensorError, safe_open
 
-from surgery.checkpoint.output import REPORT
+from surgery.checkpoint.listing import REPORT
 
 JOURNAL = "surgery-journal.jsonl"
 # The command, with a journal that is written often, so that a kill finds it at any length.
@@ -261,7 +262,7 @@ def whole_again(root: Path) -> dict[str, str]:
 def test_killed_between_the_two_renames_of_a_replacement(tmp_path: Path) -> None:
     """The old checkpoint still stands under another name, which is said; --force goes on from there."""
     tiny_llama_pair(tmp_path)
-    old = write_checkpoint(tmp_path / ".out.surgery-old", tiny_llama())
+    old = as_output(write_checkpoint(tmp_path / ".out.surgery-old", tiny_llama()))
     command = ["fapm", "--pre", "pre", "--ft", "ft", "--out", "out"]
     before = contents(tmp_path)
     done = surgery(*command, cwd=tmp_path)
@@ -277,7 +278,7 @@ def test_a_replacement_shows_the_old_checkpoint_or_the_new_one(tmp_path: Path) -
     tiny_llama_pair(tmp_path)
     (tmp_path / "ft/tokenizer.json").write_text("{}")
     out = tmp_path / "out"
-    write_checkpoint(out, {"stale": tiny_llama()["lm_head.weight"]}, shards=3)
+    as_output(write_checkpoint(out, {"stale": tiny_llama()["lm_head.weight"]}, shards=3))
     allowed, seen = [contents(out)], set()
     stop = threading.Event()
 
