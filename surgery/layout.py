@@ -38,9 +38,16 @@ class Place:
 
 # Segments that training tools put into names: torch.compile, FSDP, activation checkpointing; DDP; PEFT.
 _WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-    r"|^(?:module\.)+|^base_model\.model\."
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.|^base_model\.model\."
 )
+# Parts of a model beside its text model; fine-tuned or saved alone, a text model has none of them.
+_TOWER = re.compile(
+    r"(?:^|\.)((?:\w*(?:vision|visual|image|video|audio|speech|mm)_?(?:tower|model|encoder|adapter|projector|embed\w*)?"
+    r"|multi_modal_projector|\w*projector|connector|aligner|resampler|perceiver|merger|mtp|nextn|talker|token2wav|code2wav|thinker_audio"
+    r")(?:_\w+)?)(?=\.)"
+)
+# What stands before the text model's own names, by version of transformers and by the model around it.
+_AROUND = re.compile(r"^(?:(?:model|language_model|text_model)\.)+(?=.)")
 
 # Names of the lists that hold transformer layers. The leftmost one in a name counts the layers: T5's
 # "encoder.block.2.layer.1" is layer 2, "layers.3.mlp.experts.7" is layer 3.
@@ -183,25 +190,82 @@ def module(name: str) -> str:
     return re.sub(r"(?<=experts\.)[0-9]+(?=\.|$)", "#", unit(inner))
 
 
+def unwrapped(name: str) -> str:
+    """A tensor's name without what training tools put into it, as transformers loads it: "_orig_mod.model.norm.weight"."""
+    return _WRAPPERS.sub("", name)
+
+
+@cache
+def tower(name: str) -> str:
+    """The part beside the text model that a tensor belongs to ("vision_tower", "multi_modal_projector", "mtp"); "" for none."""
+    found = _TOWER.search(unwrapped(name))
+    return found[1] if found else ""
+
+
+_KEY_VALUE = _any(r"k_proj|v_proj|k_norm|v_norm|kv_proj|key_proj|value_proj")
+
+
+def shares_key_values(name: str) -> bool:
+    """Whether a tensor makes keys or values, which some models' last layers take from earlier ones."""
+    return bool(_KEY_VALUE.search(name))
+
+
+@cache
+def _core(name: str) -> str:
+    """A name without what differs between versions of transformers and between a text model and one around it."""
+    return _AROUND.sub("", unwrapped(name))
+
+
 def align(pre: Collection[str], ft: Collection[str]) -> tuple[dict[str, str], str | None]:
-    """Names in ft -> names in pre, by a prefix that one side has and the other lacks where that matches more."""
-    same = {name: name for name in ft if name in pre}
-    if len(same) == len(ft):
-        return same, None
-    best, note = same, None
-    for prefix in sorted(_prefixes(pre) | _prefixes(ft)):
-        added = {name: prefix + name for name in ft if prefix + name in pre}
-        removed = {name: name[len(prefix) :] for name in ft if name.startswith(prefix) and name[len(prefix) :] in pre}
-        for names, side in ((added, "ft"), (removed, "pre")):
-            if len(names) > len(best):
-                best, note = names | same, f"Names in {side} lack the prefix {prefix!r}: paired without it."
-    return best, note
+    """Names in ft -> names in pre, and what the user should know.
+
+    Names that are the same come first; then those of which one side lacks a prefix that the other has, where that matches more;
+    then those that differ in what stands around the text model ("model.language_model.layers", "language_model.model.layers",
+    "model.layers"). Each name of pre is taken once. The time grows with the number of names alone.
+    """
+    held = set(pre)
+    found = {name: name for name in ft if name in held}
+    if len(found) == len(ft):
+        return found, None
+    note = None
+    votes = {**_votes(pre, ft, "ft"), **_votes(ft, pre, "pre")}
+    (side, prefix), most = max(
+        votes.items(), key=lambda item: (item[1], item[0][1] == "", item[0]), default=(("", ""), 0)
+    )
+    if most > len(found):
+        for name in ft:
+            other = prefix + name if side == "ft" else name.removeprefix(prefix)
+            if other in held and (side == "ft" or name.startswith(prefix)):
+                found.setdefault(name, other)
+        note = f"Names in {side} lack the prefix {prefix!r}: paired without it."
+    taken, cores = set(found.values()), _unique(pre)
+    for core, name in _unique(ft).items():
+        if name not in found and core in cores and cores[core] not in taken:
+            found[name] = cores[core]
+            note = note or f"{name} is {cores[core]} in pre: paired by what follows the prefix."
+    return found, note
 
 
-def _prefixes(names: Iterable[str]) -> set[str]:
-    """The first one, two and three segments of the names of layers: "model.", "model.decoder."."""
-    found: set[str] = set()
-    for name in names:
+def _votes(longer: Collection[str], shorter: Collection[str], side: str) -> dict[tuple[str, str], int]:
+    """(the side of `shorter`, prefix) -> how many of its names are one of `longer` without that prefix of one or two segments."""
+    cut: dict[str, list[str]] = {}
+    for name in longer:
         head = name.split(".")[:3]
-        found.update(".".join(head[:count]) + "." for count in range(1, len(head)))
-    return found
+        for count in range(1, len(head)):
+            prefix = ".".join(head[:count]) + "."
+            cut.setdefault(name[len(prefix) :], []).append(prefix)
+    votes: dict[tuple[str, str], int] = {}
+    for name in shorter:
+        for prefix in cut.get(name, ()):
+            votes[side, prefix] = votes.get((side, prefix), 0) + 1
+    return votes
+
+
+def _unique(names: Iterable[str]) -> dict[str, str]:
+    """The names by their core; those that share one with another are left out."""
+    found: dict[str, str] = {}
+    twice = set()
+    for name in names:
+        if found.setdefault(_core(name), name) != name:
+            twice.add(_core(name))
+    return {core: name for core, name in found.items() if core not in twice}

@@ -8,12 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from surgery.checkpoint.item import Item
+from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import Checkpoint
 from surgery.checkpoint.tensor import Tensor
+from surgery.checkpoint.tied import CONFIG, parted, same_bytes, tied_names
+from surgery.checkpoint.vocabulary import new_tokens
 from surgery.errors import CheckpointError, PairError
-from surgery.layout import align, place
+from surgery.layout import align, place, shares_key_values, tower
 
 # What quantized weights are packed into. A mask or a counter, of another integer type, is copied.
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -21,12 +26,21 @@ CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both checkpoints, ft's tensors in the order of its files, and what the user should know about the pairing."""
+    """Both checkpoints, held against each other.
+
+    Attributes:
+        items: ft's tensors with their bases, in the order of ft's files.
+        notes: what the user should know about the pairing.
+        tied: the embedding and the head of ft, where it stores both and ties them: an edit gives both the same bits.
+        parted: config.json ties a head of ft that has numbers of its own.
+    """
 
     pre: Checkpoint
     ft: Checkpoint
     items: list[Item]
     notes: list[str]
+    tied: tuple[str, str] | None = None
+    parted: bool = False
 
 
 def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
@@ -46,9 +60,10 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     for checkpoint in (pre, ft):
         for tensor in checkpoint.tensors.values():
             refuse_quantized(tensor)
+    _refuse_placeholders(ft, pre)
     names, prefix_note = align(pre.tensors, ft.tensors)
     base = {name: pre.tensors[names[name]] for name in ft.tensors if name in names}
-    notes = [prefix_note] if prefix_note else []
+    notes = [*pre.notes, *ft.notes, *([prefix_note] if prefix_note else [])]
     if not base:
         raise PairError(
             f"{pre.folder} and {ft.folder} have no tensor name in common, such as {next(iter(ft.tensors))}: "
@@ -60,9 +75,10 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     _refuse_fused(pre, ft, pre_only, ft_only)
     _refuse_incomplete(pre, ft, pre_only, base)
     uneven = _one_sided(pre_only, ft_only)
+    added = new_tokens(pre.folder, ft.folder)
     for name, tensor in ft.tensors.items():
         if name in base:
-            base[name], note = _shared_rows(base[name], tensor)
+            base[name], note = _shared_rows(base[name], tensor, added)
             uneven += note
     if strict and uneven:
         raise PairError(
@@ -73,7 +89,13 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     unknown = [item.ft.name for item in items if item.place.category == "other" and not item.place.buffer]
     if unknown:
         notes.append(f"{some(unknown, 'has a name', 'have names')} that surgery does not know: kept as in ft.")
-    return Pair(pre, ft, items, notes)
+    tied = tied_names(ft.folder, ft.tensors)
+    apart = tied is None and parted(ft.folder, ft.tensors)
+    if tied:
+        notes.append(f"{tied[1]} is tied to {tied[0]}, and both are stored: they are edited alike.")
+    if apart:
+        notes.append("The head has numbers of its own, though config.json ties it: the output's config.json does not.")
+    return Pair(pre, ft, items, notes, tied, apart)
 
 
 def likes(first: Pair, other: Pair, names: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -153,15 +175,24 @@ def _tie_head(pre: Checkpoint, ft: Checkpoint, base: dict[str, Tensor]) -> list[
     return notes
 
 
-def _shared_rows(pre: Tensor, ft: Tensor) -> tuple[Tensor, list[str]]:
-    """The part of pre that ft has too, and a note where the one is larger than the other."""
+def _shared_rows(pre: Tensor, ft: Tensor, added: tuple[int, int] | None) -> tuple[Tensor, list[str]]:
+    """The part of pre that ft has too, and a note where that is not all.
+
+    Args:
+        added: how many tokens pre and ft have, where ft has more.
+    """
     if pre.is_float != ft.is_float:
         raise PairError(
             f"{ft.name} is {ft.dtype} in {ft.path} and {pre.dtype} in {pre.path}: one side holds no floating-point numbers."
         )
+    vocabulary = place(ft.name).category in ("embedding", "head") and ft.is_float and not tower(ft.name)
     if pre.shape == ft.shape:
-        return pre, []
-    vocabulary = place(ft.name).category in ("embedding", "head") and ft.is_float
+        if not (vocabulary and added and len(ft.shape) == 2 and added[0] < added[1] <= ft.shape[0]):
+            return pre, []
+        return pre.rows(0, added[0]), [
+            f"{ft.name} has {added[0]:,} tokens on both sides; ft's tokenizer has {added[1] - added[0]:,} more, in rows that are "
+            "padding in pre: those rows are kept as in ft."
+        ]
     if not (vocabulary and ft.shape and pre.shape and ft.shape[1:] == pre.shape[1:] and pre.shape[0] and ft.shape[0]):
         raise PairError(
             f"{ft.name} has shape {list(ft.shape)} in {ft.path} and {list(pre.shape)} in {pre.path}. The two must be the same "
@@ -196,28 +227,73 @@ def _refuse_fused(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], ft_only:
             )
 
 
+def _refuse_placeholders(ft: Checkpoint, pre: Checkpoint) -> None:
+    """Refuse empty tensors that stand for weights which a training framework keeps elsewhere."""
+    for checkpoint in (pre, ft):
+        empty = next((tensor for tensor in checkpoint.tensors.values() if _is_placeholder(tensor)), None)
+        if empty is not None:
+            folder = checkpoint.folder
+            raise CheckpointError(
+                f"{empty.path}: {empty.name} has shape {list(empty.shape)}, a placeholder that DeepSpeed ZeRO-3 or FSDP saved in "
+                f"place of the numbers. Gather them: `python zero_to_fp32.py . whole` in {folder}, or `accelerate merge-weights "
+                f"{folder} whole`, and give the folder that this writes."
+            )
+
+
+def _is_placeholder(tensor: Tensor) -> bool:
+    """Whether a weight of a known place holds no number."""
+    return 0 in tensor.shape and len(tensor.shape) == 1 and place(tensor.name).category != "other"
+
+
 def _refuse_incomplete(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], base: Mapping[str, Tensor]) -> None:
     """Refuse an ft that lacks some of the weights that it has elsewhere: a part of it was lost.
 
-    A model that was made smaller as a whole, by fewer layers or without any of its biases, is complete.
+    A model that was made smaller as a whole, by fewer layers or without any of its biases, is complete; so is one without a whole
+    tower (vision, audio, more heads), and one whose last layers take their keys and values from others.
     """
     kept = {tensor.name for tensor in base.values()}
     kinds = {(where.stack, _kind(name)) for name in kept if (where := place(name)).layer is not None}
+    towers = {tower(name) for name in kept}
     last: dict[str, int] = {}
     for name in kept:
         where = place(name)
         if where.layer is not None:
             last[where.stack] = max(last.get(where.stack, 0), where.layer)
+    sharing = _first_sharing_layer(ft.folder)
     for name in pre_only:
         where = place(name)
+        if where.buffer or tower(name) not in towers or _is_copy(name, pre, kept):
+            continue
         lost = where.category == "embedding" and where.layer is None
         if where.layer is not None:
-            lost = (where.stack, _kind(name)) in kinds and where.layer <= last[where.stack]
-        if lost and not where.buffer:
+            shared = sharing is not None and where.layer >= sharing and shares_key_values(name)
+            lost = (where.stack, _kind(name)) in kinds and where.layer <= last[where.stack] and not shared
+        if lost:
             raise PairError(
-                f"{name} is in {pre.tensors[name].path} but missing from {ft.folder}: ft is incomplete or another model. Save "
-                "it again in full."
+                f"{name} is in {pre.tensors[name].path} but missing from {ft.folder}, which has its like in other places: ft is "
+                "incomplete. Save it again in full."
             )
+
+
+def _first_sharing_layer(folder: Path) -> int | None:
+    """The first of the last layers that take keys and values from earlier ones (Gemma 3n and 4), by config.json."""
+    path = folder / CONFIG
+    config: Any = read_json(path) if path.is_file() else {}
+    for part in (config.get("text_config"), config):
+        if isinstance(part, Mapping):
+            shared, layers = part.get("num_kv_shared_layers"), part.get("num_hidden_layers")
+            if isinstance(shared, int) and isinstance(layers, int) and shared > 0:
+                return layers - shared
+    return None
+
+
+def _is_copy(name: str, pre: Checkpoint, kept: Collection[str]) -> bool:
+    """Whether pre stores an embedding twice, as T5 did, and ft has the other one."""
+    tensor = pre.tensors[name]
+    if place(name).category != "embedding":
+        return False
+    others = [pre.tensors[other] for other in kept if place(other).category == "embedding"]
+    return any(other.shape == tensor.shape and same_bytes(tensor, other) for other in others)
 
 
 def _kind(name: str) -> str:
@@ -231,8 +307,10 @@ def _one_sided(pre_only: list[str], ft_only: list[str]) -> list[str]:
     if copied:
         notes.append(f"{some(copied, 'is', 'are')} in ft alone: copied.")
     left_out = [name for name in pre_only if not place(name).buffer]
-    if left_out:
-        notes.append(f"{some(left_out, 'is', 'are')} in pre alone: left out, as in ft.")
+    for part in dict.fromkeys(map(tower, left_out)):
+        names = [name for name in left_out if tower(name) == part]
+        what = f"{some(names, 'is', 'are')} in pre alone"
+        notes.append(f"{what}: ft has no {part}, so it is left out." if part else f"{what}: left out, as in ft.")
     return notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from surgery.checkpoint.hub import Source, resolve
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, PairError
+from surgery.layout import unwrapped
 
 # These lack config.json and tokenizer, or most of it: the output's come from pre.
 BORROWING = (ADAPTER, GGUF, META)
@@ -30,6 +31,7 @@ class Checkpoint:
         tensors: every tensor, by name, in the order of the files. Where an index exists, it decides which shard holds one.
         files: the files that the weights are read from, by name.
         container: how the safetensors files are cut; None for another format.
+        notes: what the user should know of how it was read.
     """
 
     source: Source
@@ -37,6 +39,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     files: dict[str, Path]
     container: Container | None
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -133,7 +136,29 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None) -> Check
             tensors = gguf.read(folder / choice.files[0], other.tensors)
     if not tensors:
         raise CheckpointError(f"{folder}: the checkpoint holds no tensor.")
-    return Checkpoint(source, choice.format, tensors, files, container)
+    plain, container = _unwrapped(tensors, container)
+    notes = []
+    if plain is not tensors:
+        first = next(name for name in tensors if name not in plain)
+        notes.append(
+            f"{first} and its like are called {unwrapped(first)} from here on: what training put before it is gone."
+        )
+    return Checkpoint(source, choice.format, plain, files, container, tuple(notes))
+
+
+def _unwrapped(tensors: dict[str, Tensor], container: Container | None) -> tuple[dict[str, Tensor], Container | None]:
+    """Tensors under the names that transformers loads: without what torch.compile, FSDP or DDP put into them."""
+    names = {name: unwrapped(name) for name in tensors}
+    if len(set(names.values())) < len(names) or all(name == plain for name, plain in names.items()):
+        return tensors, container
+    renamed = {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}
+    if container is not None:
+        shards = {
+            file: Shard(tuple(names[name] for name in shard.names), shard.metadata)
+            for file, shard in container.shards.items()
+        }
+        container = Container(shards, container.index)
+    return renamed, container
 
 
 def _names(folder: Path) -> Iterator[str]:

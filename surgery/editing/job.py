@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from surgery.checkpoint.output import check_output
 from surgery.checkpoint.pair import Pair, likes, pair
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import BORROWING, Checkpoint, open_both
+from surgery.checkpoint.tied import CONFIG, untied
 from surgery.errors import CheckpointError, OptionError
 from surgery.methods import METHODS, Method, parameters
-from surgery.methods.actions import Merge, Prune, PruneRows, Step
+from surgery.methods.actions import Draw, Merge, Prune, PruneRows, Step
 
-CONFIG = "config.json"
+QUANTIZATION = "quantization_config"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def plan_pair(
     if container is None or max_shard_size is not None:
         container = split(tuned.tensors, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size)
     copies = _copies(base, tuned)
-    changed = _resized(copies, both)
+    changed = _configured(copies, both)
     steps = [Step(item.ft, item.pre, item.place, action) for item, action in zip(both.items, actions, strict=True)]
     merged = {step.ft.name for step in steps if isinstance(step.action, Merge)}
     further = [likes(both, pair(base, other, strict=strict), merged) for other in others]
@@ -149,8 +151,17 @@ def plan_pair(
         for step in steps
     ]
     both.notes.extend(note for _, notes in further for note in notes)
+    both.notes.extend(_leftover(copies))
     return Job(
-        both, method, steps, container, _default_out(tuned, method.label()), False, copies, changed, tuple(others)
+        both,
+        method,
+        _tied(both, method, steps),
+        container,
+        _default_out(tuned, method.label()),
+        False,
+        copies,
+        changed,
+        tuple(others),
     )
 
 
@@ -162,7 +173,31 @@ def replan(job: Job, method: Method) -> Job:
     """
     actions = method.plan(job.pair.items)
     steps = [replace(step, action=action) for step, action in zip(job.steps, actions, strict=True)]
-    return replace(job, method=method, steps=steps)
+    return replace(job, method=method, steps=_tied(job.pair, method, steps))
+
+
+def _tied(both: Pair, method: Method, steps: list[Step]) -> list[Step]:
+    """The steps, with the same edit for an embedding and the head that is tied to it, where both are stored.
+
+    Both get what the embedding gets; with a calibration, which knows the input of the head alone, what the head gets.
+    """
+    if both.tied is None:
+        return steps
+    embedding, head = both.tied
+    leader, follower = (head, embedding) if method.calibrated else (embedding, head)
+    source = next(step for step in steps if step.ft.name == leader)
+    action = source.action
+    if isinstance(action, Merge) and not isinstance(action.keeps, Prune):
+        action = replace(action, keeps=partial(_drawn_for, action.keeps, leader))
+    return [
+        replace(step, pre=source.pre, action=action, others=source.others) if step.ft.name == follower else step
+        for step in steps
+    ]
+
+
+def _drawn_for(draw: Draw, name: str, _: str, number: int, start: int, count: int) -> Any:
+    """The draw of another tensor."""
+    return draw(name, number, start, count)
 
 
 def beside(both: Pair) -> dict[str, Path | bytes]:
@@ -172,7 +207,7 @@ def beside(both: Pair) -> dict[str, Path | bytes]:
         CheckpointError: config.json is missing or damaged.
     """
     copies = _copies(both.pre, both.ft)
-    return {**copies, **_resized(copies, both)}
+    return {**copies, **_configured(copies, both)}
 
 
 def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
@@ -185,11 +220,20 @@ def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
     return found
 
 
-def _resized(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
-    """Return pre's configuration with the size of ft's vocabulary, if pre's is the one to go with ft's weights."""
+def _configured(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
+    """config.json as it must be beside the output's weights, if that is not as it is.
+
+    Where it is pre's, it gets the size of ft's vocabulary. A head that is no longer tied is said to be so, and a quantization of
+    weights that are plain numbers is left out.
+    """
     config = read_json(copies[CONFIG])
-    if both.ft.format not in BORROWING:
-        return {}
+    made = _resized(config, both) if both.ft.format in BORROWING else config
+    made = untied(made) if both.parted else made
+    made = _plain(made)
+    return {} if made == config else {CONFIG: (json.dumps(made, indent=2) + "\n").encode()}
+
+
+def _resized(config: dict[str, Any], both: Pair) -> dict[str, Any]:
     sizes = {
         both.pre.tensors[item.pre.name].shape[0]: item.ft.shape[0]
         for item in both.items
@@ -204,8 +248,27 @@ def _resized(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
             for key, inner in value.items()
         }
 
-    renewed = renew(config)
-    return {} if renewed == config else {CONFIG: (json.dumps(renewed, indent=2) + "\n").encode()}
+    renewed: dict[str, Any] = renew(config)
+    return renewed
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without its quantization, in its parts too."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else value for key, value in config.items() if key != QUANTIZATION
+    }
+
+
+def _leftover(copies: Mapping[str, Path]) -> list[str]:
+    """A note where config.json speaks of a quantization, though every weight is a plain number."""
+    config = read_json(copies[CONFIG])
+    if _plain(config) == config:
+        return []
+    about = config.get(QUANTIZATION)
+    name = about.get("quant_method", "some") if isinstance(about, dict) else "some"
+    return [
+        f"{copies[CONFIG]}: names a quantization ({name}) of weights that are plain numbers: left out of the output's."
+    ]
 
 
 def _inputs(checkpoint: Checkpoint) -> list[Path]:

@@ -167,7 +167,7 @@ def test_strict_refuses_what_is_otherwise_noted(
     ]
     assert any(says in note for note in paired(tmp_path, *sides).notes)
     opened = [open_checkpoint(resolve(str(tmp_path / side), companions=False)) for side in ("pre", "ft")]
-    with pytest.raises(PairError, match=says.replace(".", r"\.") + ".*--strict"):
+    with pytest.raises(PairError, match=says.replace(".", r"\.") + ".*`strict`"):
         pair(*opened, strict=True)
 
 

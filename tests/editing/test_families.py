@@ -151,7 +151,7 @@ def test_a_tied_head_that_one_side_stores(name: str, tmp_path: Path) -> None:
         if name in ("fapm", "magnitude", "ties"):
             assert same_bits(out[head], prune("magnitude" if name == "ties" else name, base, ft, 0.5))
         elif name == "dare":
-            assert same_bits(out[head], dare(base, [ft], [draw(0, 0.5, head, 0, 0, ft.numel())], 0.5))
+            assert same_bits(out[head], dare(base, [ft], [draw(0, 0.5, embedding, 0, 0, ft.numel())], 0.5))
         else:
             assert same_bits(out[head], ft if name == "half-reset" else blend(base, ft, 0.3))
 

@@ -1,0 +1,94 @@
+"""Whether a head is tied to the token embedding: one decision for a pair, from config.json and the tensors.
+
+A tied head has the embedding's numbers. Where a checkpoint stores both, an edit must give both the same bits; where fine-tuning
+parted them, config.json must say so, or a loader would drop the head that was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.readable import read_json
+from surgery.checkpoint.tensor import Tensor
+from surgery.layout import place, tower
+
+CONFIG = "config.json"
+KEY = "tie_word_embeddings"
+READ_BYTES = 1 << 20
+
+
+def says_tied(config: Mapping[str, Any]) -> bool | None:
+    """What config.json says, in the part of the text model too; None where it does not say."""
+    parts = [config.get(name) for name in ("text_config", "llm_config", "language_config")]
+    said = [part[KEY] for part in (*parts, config) if isinstance(part, Mapping) and isinstance(part.get(KEY), bool)]
+    return any(said) if said else None
+
+
+def embedding_and_head(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The names of the token embedding and of a head of its shape and type, of a checkpoint that stores one of each."""
+    heads = [name for name, tensor in tensors.items() if _matrix(name, tensor, "head")]
+    if len(heads) != 1:
+        return None
+    head = tensors[heads[0]]
+    found = [
+        name
+        for name, tensor in tensors.items()
+        if _matrix(name, tensor, "embedding") and (tensor.shape, tensor.dtype) == (head.shape, head.dtype)
+    ]
+    return (found[0], heads[0]) if len(found) == 1 else None
+
+
+def tied_names(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The embedding and the head that a checkpoint stores both and ties, by their names; None where it does not.
+
+    A config.json that unties them is believed; otherwise the numbers decide, which are read as far as they are the same.
+
+    Raises:
+        CheckpointError: config.json is damaged, or a file cannot be read.
+    """
+    names = embedding_and_head(tensors)
+    if names is None or _said(folder) is False:
+        return None
+    return names if same_bytes(tensors[names[0]], tensors[names[1]]) else None
+
+
+def parted(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether config.json ties a head that the checkpoint stores with numbers of its own."""
+    names = embedding_and_head(tensors)
+    return names is not None and bool(_said(folder)) and not same_bytes(tensors[names[0]], tensors[names[1]])
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one type and shape hold the same bytes."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with one.open() as first, other.open() as second:
+        for start in range(0, one.nbytes, READ_BYTES):
+            size = min(READ_BYTES, one.nbytes - start)
+            parts = bytearray(size), bytearray(size)
+            first.fill(start, memoryview(parts[0]))
+            second.fill(start, memoryview(parts[1]))
+            if parts[0] != parts[1]:
+                return False
+    return True
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with a head of its own."""
+    changed = {**config, KEY: False}
+    for name in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(name), Mapping) and KEY in config[name]:
+            changed[name] = {**config[name], KEY: False}
+    return changed
+
+
+def _said(folder: Path) -> bool | None:
+    path = folder / CONFIG
+    return says_tied(read_json(path)) if path.is_file() else None
+
+
+def _matrix(name: str, tensor: Tensor, category: str) -> bool:
+    where = place(name)
+    return where.category == category and where.layer is None and len(tensor.shape) == 2 and not tower(name)

@@ -1,0 +1,58 @@
+"""Which rows of a vocabulary are tokens, by the tokenizer beside the weights.
+
+Many models have more rows than tokens: the last ones are padding. Tokens that fine-tuning added take such rows, so that both
+sides have the same shape though the rows mean nothing in pre. The two tokenizers tell which rows those are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.readable import read_json
+
+TOKENIZER, VOCAB, ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
+
+
+def new_tokens(pre: Path, ft: Path) -> tuple[int, int] | None:
+    """How many tokens pre's tokenizer has, and how many ft's, where ft's has more; None where that is not known.
+
+    Args:
+        pre, ft: the folders.
+
+    Raises:
+        CheckpointError: a tokenizer's file cannot be read.
+    """
+    if all(_same(pre / name, ft / name) for name in (TOKENIZER, VOCAB, ADDED)):
+        return None
+    before, after = tokens(pre), tokens(ft)
+    return (before, after) if before and after and after > before else None
+
+
+def tokens(folder: Path) -> int:
+    """How many ids the tokenizer of a folder has: the largest and one more; 0 where none of its files is known."""
+    return max((int(token) + 1 for token in _ids(folder) if isinstance(token, int)), default=0)
+
+
+def _ids(folder: Path) -> Iterator[Any]:
+    if (folder / TOKENIZER).is_file():
+        found = read_json(folder / TOKENIZER)
+        vocabulary = found.get("model", {}).get("vocab") if isinstance(found.get("model"), Mapping) else None
+        if isinstance(vocabulary, Mapping):
+            yield from vocabulary.values()
+        elif isinstance(vocabulary, list):
+            yield len(vocabulary) - 1
+        for token in found.get("added_tokens") or []:
+            if isinstance(token, Mapping):
+                yield token.get("id")
+    elif (folder / VOCAB).is_file():
+        yield from read_json(folder / VOCAB).values()
+    if (folder / ADDED).is_file():
+        yield from read_json(folder / ADDED).values()
+
+
+def _same(one: Path, other: Path) -> bool:
+    if not one.is_file() or not other.is_file():
+        return one.is_file() == other.is_file()
+    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
