@@ -15,7 +15,6 @@ put together behind one header when all are complete; the file appears by a rena
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -24,22 +23,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from surgery.checkpoint.beside import Beside
 from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.companions import travels
 from surgery.checkpoint.dtypes import BITS, RAW, Array, narrow, widen
-from surgery.checkpoint.durable import explained, lock, postponed, same_file, sync_folder, uninterrupted
+from surgery.checkpoint.durable import explained, postponed, sync_folder, tried, uninterrupted
 from surgery.checkpoint.formats.safetensors import encode_header, read_header
+from surgery.checkpoint.listing import JOURNAL
+from surgery.checkpoint.output import appear_file
 from surgery.checkpoint.tensor import Reader, Span, Tensor
 from surgery.errors import CheckpointError, OutputError
 from surgery.paths import Kind
 
 FORMAT = "surgery-task-vector"
 FILE = "file:"
-LOCK = "lock"
 COPY_BYTES = 1 << 20
 
 
@@ -120,7 +121,7 @@ class DeltaDraft:
 
     Args:
         out: the file to write, checked.
-        replace: a file that is there may be replaced.
+        replace: a task vector that is there may be replaced.
 
     Raises:
         OutputError: another run writes it, or the disk is full or not writable.
@@ -128,37 +129,39 @@ class DeltaDraft:
 
     def __init__(self, out: Path, *, replace: bool) -> None:
         self.out, self.replace = out, replace
-        self.folder = out.with_name(f".{out.name}.surgery-draft")
+        self.place = Beside(out, "surgery-draft", JOURNAL)
         self.sinks: dict[str, DeltaSink] = {}
         self.numbers = itertools.count()  # safe between threads
-        self.locked: BinaryIO | None = None
+        self.left: list[str] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts are."""
+        return self.place.folder
 
     def __enter__(self) -> DeltaDraft:
-        with explained(self.folder), postponed():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held = (self.folder / LOCK).open("ab")
-            if not lock(held.fileno()) or not same_file(held.fileno(), self.folder / LOCK):
-                held.close()
-                raise OutputError(
-                    f"{self.out}: another surgery run is writing it. Wait for it or choose another `out`."
-                )
-            self.locked = held
-            for leftover in self.folder.iterdir():
-                if leftover.name != LOCK:
-                    leftover.unlink()
+        try:
+            # Ctrl-C waits until it is known what there is to remove.
+            with explained(self.folder), postponed():
+                self.place.take()
+                self.place.clear()
+                self.place.begin(pid=os.getpid())
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with uninterrupted():
             for sink in self.sinks.values():
-                sink.close()
-            if self.locked is not None:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.locked.close()
+                tried(sink.close, "")
+            self.left += self.place.remove()
+            if self.left and isinstance(error, OutputError):
+                error.args = (f"{error} {self.left[0]}",)
 
     def sink(self, ft: Tensor, pre: Tensor | None) -> DeltaSink:
         """Where the bytes of an edited tensor go; its base is read beside them."""
-        sink = DeltaSink(ft, pre, self.folder / f"{next(self.numbers):06d}")
+        sink = DeltaSink(ft, pre, self.place, f"{next(self.numbers):06d}")
         self.sinks[ft.name] = sink
         return sink
 
@@ -168,6 +171,9 @@ class DeltaDraft:
         Args:
             metadata: the header's.
             files: contents to add, by name.
+
+        Raises:
+            OutputError: the disk is full, or something else is at `out` now.
         """
         with explained(self.folder):
             parts: list[tuple[Tensor, Path | bytes]] = []
@@ -179,7 +185,7 @@ class DeltaDraft:
             parts.sort(key=lambda part: -BITS[part[0].dtype])
             header, _ = encode_header([tensor for tensor, _ in parts], metadata)
             made = self.folder / "task-vector"
-            with made.open("wb") as file:
+            with os.fdopen(self.place.open(made.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
                 file.write(header)
                 for _, content in parts:
                     if isinstance(content, bytes):
@@ -192,23 +198,21 @@ class DeltaDraft:
                 os.fsync(file.fileno())
                 size = file.tell()
             with uninterrupted():
-                if self.out.exists() and not self.replace:
-                    raise OutputError(f"{self.out}: appeared while surgery worked. Choose another `out`.")
-                made.replace(self.out)
-                with contextlib.suppress(OSError):
-                    sync_folder(self.out.parent)
+                appear_file(made, self.out, DELTA, replace=self.replace)
+                tried(lambda: sync_folder(self.out.parent), "")
         return size
 
 
 class DeltaSink:
     """Takes the bytes of one edited tensor, from the first to the last, and keeps those that the base does not have."""
 
-    def __init__(self, ft: Tensor, pre: Tensor | None, stem: Path) -> None:
+    def __init__(self, ft: Tensor, pre: Tensor | None, place: Beside, stem: str) -> None:
         self.ft, self.pre = ft, pre
         self.word = np.dtype(f"u{BITS[ft.dtype] // 8}")
         self.reader: Reader | None = pre.open() if pre is not None else None
-        self.mask, self.kept = stem.with_suffix(".mask"), stem.with_suffix(".kept")
-        self.files = [self.mask.open("wb"), self.kept.open("wb")]
+        self.mask, self.kept = place.folder / f"{stem}.mask", place.folder / f"{stem}.kept"
+        new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self.files = [os.fdopen(place.open(path.name, new), "wb") for path in (self.mask, self.kept)]
         self.bits = np.empty(0, np.bool_)
         self.position = self.count = 0
         self.base_checksum, self.checksum = Checksum(), Checksum()

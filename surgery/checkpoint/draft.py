@@ -1,31 +1,27 @@
 """The output while it is being written: it appears at once or not at all.
 
-A run fills a hidden sibling of the output folder, `.NAME.surgery-draft`, and renames it when everything in it is on disk. Until
-then its shards have no header, so that no loader accepts them. A journal says which tensors are complete and durable: a tensor
-is entered after its bytes were synced, so a killed run, or a machine that lost power, can be resumed where it stopped.
+A run fills a hidden folder beside the output, `.NAME.surgery-draft` (see `surgery.checkpoint.beside`), and renames it when
+everything in it is on disk. Until then its shards have no header, so that no loader accepts them: headers are written last, when
+the report is in place, and are the first thing that a resumed run takes away. The folder's marker is a journal that says which
+tensors are complete and durable: a tensor is entered after its bytes were synced, so that a killed run, or a machine that lost
+power, can be resumed where it stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from surgery.checkpoint.beside import Beside
 from surgery.checkpoint.checksum import Checksum
-from surgery.checkpoint.durable import (
-    explained,
-    lock,
-    postponed,
-    same_file,
-    sync_file,
-    sync_folder,
-    uninterrupted,
-)
+from surgery.checkpoint.durable import explained, postponed, same_file, sync_file, sync_folder, tried, uninterrupted
 from surgery.checkpoint.formats.safetensors import encode_header
 from surgery.checkpoint.listing import JOURNAL, REPORT, listing
 from surgery.checkpoint.output import appear, tidy
@@ -35,6 +31,7 @@ from surgery.text import dumps
 
 SYNC_SECONDS = 0.5
 WRITE_BYTES = 1 << 20
+UNREADABLE = bytes(8)  # in place of a header's length
 
 
 class Draft:
@@ -66,7 +63,7 @@ class Draft:
         extra: int = 0,
     ) -> None:
         self.out, self.replace = out, replace
-        self.folder = out.with_name(f".{out.name}.surgery-draft")
+        self.place = Beside(out, "surgery-draft", JOURNAL)
         self.identity = json.loads(json.dumps(identity))
         self.headers: dict[str, bytes] = {}
         self.places: dict[str, tuple[str, int]] = {}
@@ -79,33 +76,39 @@ class Draft:
         self.files: dict[str, int] = {}
         self.locks = {name: threading.Lock() for name in shards}
         self.pending: list[tuple[str, dict[str, Any]]] = []
-        self.made: list[Path] = []
         self.left: list[str] = []
         self.stop = threading.Event()
-        self.failure: OSError | None = None
-        self.locked = self.committed = False
+        self.failure: Exception | None = None
+        self.committed = self.kept = False
         self.resume, self.extra = resume, extra
         self.syncer = threading.Thread(target=self._sync_now_and_then, daemon=True)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that becomes the output."""
+        return self.place.folder
 
     def __enter__(self) -> Draft:
         try:
             # Ctrl-C waits until it is known what there is to remove.
             with explained(self.folder), postponed():
-                self._make_folder()
-                self._open_journal(self.resume)
-                self._open_shards(self.extra)
+                self._begin(self.place.take())
+                self._open_shards()
                 self.syncer.start()
-        except BaseException:
-            self._stop_syncer()
-            self._discard()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with uninterrupted():
             self._stop_syncer()
-            if not self.committed:
-                self._discard()
+            if self.committed:
+                return
+            left = [] if self.kept else self.place.remove()
+            self._close()
+            if left and isinstance(error, OutputError):
+                error.args = (f"{error} {left[0]}",)
 
     def sink(self, name: str) -> Sink:
         """Where the bytes of a tensor go."""
@@ -133,6 +136,8 @@ class Draft:
         with explained(self.folder):
             if self.failure is not None:
                 raise self.failure
+            if not self.place.stands():
+                raise OutputError(f"{self.folder}: was removed while surgery wrote into it. Run it again.")
             for name, path in copies.items():
                 target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,70 +152,72 @@ class Draft:
                 report["files"] = listing(self.folder)
                 (self.folder / REPORT).write_bytes(dumps(report))
                 sync_file(self.folder / REPORT)
+            for folder in sorted({(self.folder / name).parent for name in (*copies, *files, REPORT)}):
+                sync_folder(folder)
             for name, header in self.headers.items():
                 _write(self.files[name], header, 0)
                 os.fsync(self.files[name])
                 if not same_file(self.files[name], self.folder / name):
                     raise OutputError(f"{self.folder / name}: was removed while surgery wrote it. Run it again.")
-            sync_folder(self.folder)
             with uninterrupted():
-                self._appear()
+                old = appear(self.folder, self.out, replace=self.replace)
+                self.committed = True
+                self._tidy(old)
 
-    def _appear(self) -> None:
-        old = appear(self.folder, self.out, replace=self.replace)
-        self.committed = True
+    def _tidy(self, old: Path | None) -> None:
+        """Remove what the output does not need; nothing in here may fail, since the output has appeared."""
+        journal = self.out / JOURNAL
         # Only now: until the folder has its name, the journal's lock keeps other runs out of it.
-        with contextlib.suppress(OSError):
-            (self.out / JOURNAL).unlink()
-            sync_folder(self.out)
-            sync_folder(self.out.parent)
-        self._close()
-        self.left = tidy(self.out, old)
+        self.left += tried(journal.unlink, f"{journal}: is no part of the output, and could not be removed")
+        tried(lambda: sync_folder(self.out), "")
+        tried(lambda: sync_folder(self.out.parent), "")
+        tried(self._close, "")
+        tried(lambda: self.left.extend(tidy(self.out, old)), "")
 
-    def _make_folder(self) -> None:
-        missing = self.folder.parent
-        while not missing.exists():
-            self.made.append(missing)
-            missing = missing.parent
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def _open_journal(self, resume: bool) -> None:
-        path = self.folder / JOURNAL
-        # "a" creates without truncating: the lock comes before the first change.
-        journal = path.open("a+b")
-        if not lock(journal.fileno()) or not same_file(journal.fileno(), path):
-            journal.close()
-            raise OutputError(f"{self.out}: another surgery run is writing it. Wait for it or choose another `out`.")
-        self.journal, self.locked = journal, True
-        self.journal.seek(0)
-        lines = self.journal.read().split(b"\n")
-        try:
-            found, records = json.loads(lines[0]), _records(lines[1:])
-        except ValueError:
-            found, records = None, {}
-        resume = resume and isinstance(found, dict)
-        if resume:
+    def _begin(self, journal: bytes) -> None:
+        """Continue what the journal tells of, or start afresh."""
+        if journal and self.resume:
+            first, *lines = journal.split(b"\n")
+            found = json.loads(first)
+            found = {key: value for key, value in found.items() if key not in ("surgery", "output")}
             changed = {key for key in found | self.identity if found.get(key) != self.identity.get(key)} - {"command"}
             if changed:
-                self.journal.close()
-                self.locked = False
+                self.kept = True
                 raise OutputError(
                     f"{self.out}: `resume` needs the run that was stopped, but this one differs in "
                     f"{', '.join(sorted(changed))}. Repeat that command, or start afresh without `resume`."
                 )
-            self.identity = found
-            self.done = {name: record for name, record in records.items() if name in self.places}
-        for leftover in self.folder.iterdir():
-            if leftover.name != JOURNAL and not (resume and leftover.name in self.sizes):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self.journal.truncate(0)
-        self._enter([(name, record) for name, record in self.done.items()], identity=True)
+            if self._without_headers():
+                self.identity = found
+                records, size = _records(lines)
+                self.done = {name: record for name, record in records.items() if name in self.places}
+                self.place.clear(keep=self.sizes)
+                self.place.cut(len(first) + 1 + size)
+                return
+        self.place.clear()
+        self.place.begin(**self.identity)
 
-    def _open_shards(self, extra: int) -> None:
+    def _without_headers(self) -> bool:
+        """Take the headers of a killed run's shards away, before anything else; False if a shard cannot be trusted."""
         for name in self.sizes:
-            self.files[name] = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                file = self.place.open(name, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return False
+            try:
+                _write(file, UNREADABLE, 0)
+                os.fsync(file)
+            finally:
+                os.close(file)
+        return True
+
+    def _open_shards(self) -> None:
+        for name in self.sizes:
+            self.files[name] = self.place.open(name, os.O_RDWR | os.O_CREAT)
         written = sum(os.fstat(file).st_blocks * 512 for file in self.files.values())
-        needed, free = sum(self.sizes.values()) + extra, shutil.disk_usage(self.folder).free
+        needed, free = sum(self.sizes.values()) + self.extra, shutil.disk_usage(self.folder).free
         if needed > free + written:
             raise OutputError(
                 f"{self.out}: the disk has {free + written:,} bytes free, the output needs {needed:,}. Make room or choose "
@@ -223,7 +230,7 @@ class Draft:
         while not self.stop.wait(SYNC_SECONDS):
             try:
                 self._sync()
-            except OSError as error:
+            except Exception as error:  # the caller hears of it in `finish` or `commit`
                 self.failure = error
                 return
 
@@ -235,12 +242,9 @@ class Draft:
                 os.fsync(self.files[name])
             self._enter(entries)
 
-    def _enter(self, entries: Sequence[tuple[str, dict[str, Any]]], *, identity: bool = False) -> None:
-        lines = [self.identity] if identity else []
-        lines += [{"tensor": name, "record": record} for name, record in entries]
-        self.journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        self.journal.flush()
-        os.fsync(self.journal.fileno())
+    def _enter(self, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        lines = [{"tensor": name, "record": record} for name, record in entries]
+        self.place.append(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
     def _stop_syncer(self) -> None:
         self.stop.set()
@@ -248,21 +252,10 @@ class Draft:
             self.syncer.join()
 
     def _close(self) -> None:
-        for file in self.files.values():
-            os.close(file)
-        self.files = {}
-        self.journal.close()
-
-    def _discard(self) -> None:
-        """Remove what this run made; nothing where another run holds the draft."""
-        with uninterrupted():
-            if self.locked:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with contextlib.suppress(OSError):  # of lines that a full disk refused before, and refuses again
-                    self._close()
-            for folder in (self.folder, *self.made):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        files, self.files = self.files, {}
+        for file in files.values():
+            tried(partial(os.close, file), "")
+        self.place.release()
 
 
 class Sink:
@@ -289,13 +282,14 @@ def _write(file: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def _records(lines: list[bytes]) -> dict[str, dict[str, Any]]:
-    """The journal's entries up to the first line that was cut short."""
-    records = {}
-    for line in lines:
+def _records(lines: list[bytes]) -> tuple[dict[str, dict[str, Any]], int]:
+    """The journal's entries up to the first line that was cut short, and how many bytes they take."""
+    records, size = dict[str, dict[str, Any]](), 0
+    for line in lines[:-1]:
         try:
             entry = json.loads(line)
             records[entry["tensor"]] = entry["record"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
-    return records
+        size += len(line) + 1
+    return records, size

@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from surgery.errors import OutputError
@@ -67,6 +67,21 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
+def tried(action: Callable[[], object], sentence: str) -> list[str]:
+    """Do what comes after the output has appeared, or beside an error, and must not change how the run ends.
+
+    Returns:
+        The sentence, with the reason and the way out, if it failed.
+    """
+    try:
+        action()
+    except FileNotFoundError:  # of a removal
+        return []
+    except BaseException as error:
+        return [f"{sentence} ({getattr(error, 'strerror', None) or type(error).__name__}). Remove it by hand."]
+    return []
+
+
 def sync_file(path: Path) -> None:
     """Make a file's content survive a power cut."""
     with path.open("r+b") as file:
@@ -96,12 +111,11 @@ def explain(error: OSError, folder: Path) -> OutputError:
     """An operating system's error while writing, as a sentence with a way out."""
     where = error.filename or folder
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{folder}: the disk is full. Make room or choose another `out`; nothing was left behind.")
+        return OutputError(f"{folder}: the disk is full. Make room or choose another `out`.")
     if error.errno == errno.EFBIG:
         return OutputError(
-            f"{where}: the file system, or a limit (ulimit -f), allows no file as large. Choose another `out`; nothing was left "
-            "behind."
+            f"{where}: the file system, or a limit (ulimit -f), allows no file as large. Choose another `out`."
         )
     if isinstance(error, PermissionError):
         return OutputError(f"{where}: no permission to write there. Choose another `out`.")
-    return OutputError(f"{where}: {error.strerror or error}. Nothing was left behind.")
+    return OutputError(f"{where}: {error.strerror or error}.")

@@ -5,6 +5,7 @@ Never over an input, and never over what surgery did not write: see `surgery.pat
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from surgery.errors import OutputError
 from surgery.paths import Kind, apart
 
 REPOSITORIES = (".git", ".hg", ".svn")
+# How file systems without hard links refuse one.
+NO_LINKS = {None, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
 
 
 def check_file(out: Path, inputs: Sequence[Path], kind: Kind, *, force: bool) -> Path:
@@ -145,6 +148,27 @@ def appear(folder: Path, out: Path, *, replace: bool) -> Path | None:
             old.rename(out)
         raise
     return old
+
+
+def appear_file(made: Path, out: Path, kind: Kind, *, replace: bool) -> None:
+    """Give a finished file its name; an earlier one of surgery gives way to it at once.
+
+    Raises:
+        OutputError: there is something at `out`, and `replace` is not given, or it is not surgery's.
+    """
+    if replace and os.path.lexists(out):
+        if not out.is_file() or out.is_symlink() or (out.stat().st_size and not kind.ours(out)):
+            raise OutputError(f"{out}: is no {kind.name} of surgery any more. {WAY_OUT}")
+        made.replace(out)
+        return
+    try:
+        os.link(made, out, follow_symlinks=False)  # unlike a rename, it replaces nothing
+    except FileExistsError:
+        raise OutputError(f"{out}: appeared while surgery worked. Choose another `out`.") from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", None) not in NO_LINKS or os.path.lexists(out):
+            raise
+        made.replace(out)
 
 
 def tidy(out: Path, old: Path | None) -> list[str]:

@@ -90,6 +90,7 @@ def extract(
             ),
         }
         size = draft.commit(metadata, stored)
+    report["notes"].extend(draft.left)
     return report, size
 
 

@@ -108,6 +108,8 @@ def train(
             raise
         if rank == 0:
             work.finish()
+    for sentence in work.left:
+        observer.say(f"Warning: {sentence}")
     return report
 
 

@@ -10,12 +10,12 @@ It goes away with the run, unless the run broke off and there is something to co
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from surgery.checkpoint.durable import explained, lock, same_file, sync_file, sync_folder, uninterrupted
+from surgery.checkpoint.beside import Beside
+from surgery.checkpoint.durable import explained, postponed, sync_file, sync_folder, tried, uninterrupted
 from surgery.checkpoint.output import appear, tidy
 from surgery.errors import OutputError
 from surgery.train.settings import NEUTRAL
@@ -24,7 +24,7 @@ STATE = "trainer_state.json"
 
 
 class Work:
-    """The folder, used from the first check to the result.
+    """The folder, from the first check to the result.
 
     Args:
         out: the output folder, checked.
@@ -41,37 +41,49 @@ class Work:
         self, out: Path, identity: dict[str, Any], *, resume: bool, replace: bool, leader: bool = True
     ) -> None:
         self.out, self.resume, self.replace, self.leader = out, resume, replace, leader
-        self.folder = out.with_name(f".{out.name}.surgery-train")
-        self.result = self.folder / "result"
+        self.place = Beside(out, "surgery-train", "settings.json")
+        self.usual = self.place.folder
         self.identity = json.loads(json.dumps(identity))
+        self.left: list[str] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where the trainer saves."""
+        return self.place.folder
+
+    @property
+    def result(self) -> Path:
+        """What becomes the output."""
+        return self.folder / "result"
 
     def __enter__(self) -> Work:
         if not self.leader:
             return self
-        with explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / "settings.json"
-            self.file = path.open("a+", encoding="utf-8")
-            if not lock(self.file.fileno()) or not same_file(self.file.fileno(), path):
-                self.file.close()
-                raise OutputError(f"{self.out}: another surgery run is writing it. Wait or choose another `out`.")
-            try:
-                self._begin()
-            except BaseException:
-                self.file.close()
-                raise
+        kept = False
+        try:
+            with explained(self.folder), postponed():
+                text = self.place.take()
+                kept = bool(text) and self.resume
+                if self.folder != self.usual:  # where the other processes of a run would not find it
+                    raise OutputError(
+                        f"{self.usual}: is there, and is not surgery's. Move it away, or choose another `out`."
+                    )
+                self._begin(text)
+        except BaseException:
+            if kept:
+                self.place.release()
+            else:
+                self.left += self.place.remove()
+            raise
         return self
 
-    def _begin(self) -> None:
-        self.file.seek(0)
-        text = self.file.read()
-        if not text and not any(path.name != "settings.json" for path in self.folder.iterdir()):
-            self.resume = False  # a new folder
+    def _begin(self, text: bytes) -> None:
+        self.resume = self.resume and bool(text)  # there is nothing to resume in a new folder
         if self.resume:
             try:
-                found = json.loads(text)
+                found = json.loads(text)["settings"]
                 changed = {key for key in found | self.identity if found.get(key) != self.identity.get(key)}
-            except (ValueError, TypeError, AttributeError):
+            except (ValueError, TypeError, AttributeError, KeyError):
                 raise OutputError(f"{self.folder}: its settings.json is damaged. Remove the folder.") from None
             changed -= {name.replace("_", "-") for name in NEUTRAL}
             if changed:
@@ -79,12 +91,10 @@ class Work:
                     f"{self.out}: `resume` needs the run that broke off, but this one differs in {', '.join(sorted(changed))}. "
                     "Repeat that command, or start afresh without `resume`."
                 )
-        for path in self.folder.iterdir():
-            if path.name != "settings.json" and not (self.resume and path != self.result):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.file.truncate(0)
-        self.file.write(json.dumps(self.identity))
-        self.file.flush()
+            self.place.clear(keep=[path.name for path in self.folder.iterdir() if path != self.result])
+        else:
+            self.place.clear()
+            self.place.begin(settings=self.identity)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -92,9 +102,9 @@ class Work:
         if not self.leader:
             return
         with uninterrupted():
-            self.file.close()
             if kind is None or self.last() is None:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.left += self.place.remove()
+            self.place.release()
 
     def round(self, number: int) -> Path:
         """The folder in which the trainer of a round saves; rounds are counted from 1."""
@@ -115,16 +125,18 @@ class Work:
         return next((saved for number in reversed(rounds) if (saved := self.saved(number))), None)
 
     def finish(self) -> None:
-        """Move the result to the output."""
+        """Make the result durable and let it appear. After that nothing fails: what cannot be removed is in `left`."""
         with explained(self.folder):
             for path in sorted(self.result.rglob("*")):
                 if path.is_file():
                     sync_file(path)
+                else:
+                    sync_folder(path)
             sync_folder(self.result)
             with uninterrupted():
                 old = appear(self.result, self.out, replace=self.replace)
-                sync_folder(self.out.parent)
-                tidy(self.out, old)
+                tried(lambda: sync_folder(self.out.parent), "")
+                tried(lambda: self.left.extend(tidy(self.out, old)), "")
 
 
 def _complete(state: Path) -> bool:

@@ -137,7 +137,7 @@ def test_a_tensor_is_entered_only_after_its_bytes_are_durable(tmp_path: Path, mo
 
         monkeypatch.setattr(os, "fsync", sync)
         made._sync()
-        assert order == [made.files[NAME], made.journal.fileno()]
+        assert order == [made.files[NAME], made.place.marker]
 
 
 def test_a_failing_disk_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
