@@ -115,13 +115,16 @@ def test_weights_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("a.json", "model.safetensors", "z.safetensors", "sub"):
         put(made.folder / name) if "." in name else (made.folder / name).mkdir()
     order = []
-    for owner, name in ((Path, "unlink"), (shutil, "rmtree")):
 
-        def noted(path: Path, operation: Callable[[Path], object] = getattr(owner, name)) -> None:
+    def noting(operation: Callable[[Path], object]) -> Callable[[Path], None]:
+        def noted(path: Path) -> None:
             order.append(path.name)
             operation(path)
 
-        monkeypatch.setattr(owner, name, noted)
+        return noted
+
+    monkeypatch.setattr(Path, "unlink", noting(Path.unlink))
+    monkeypatch.setattr(shutil, "rmtree", noting(shutil.rmtree))
     assert made.remove() == []
     assert order == ["model.safetensors", "z.safetensors", "a.json", "sub", JOURNAL]
 
