@@ -15,7 +15,6 @@ from surgery.calibrate import cache
 from surgery.calibrate.options import Calibration
 from surgery.checkpoint.checksum import weights_fingerprint
 from surgery.checkpoint.pair import some
-from surgery.checkpoint.source import BORROWING
 from surgery.editing.job import Job, replan
 from surgery.methods.actions import PruneRows
 from surgery.methods.wanda import Norm, Wanda
@@ -111,4 +110,4 @@ def _magnitude_notes(job: Job, norms: dict[str, Norm]) -> list[str]:
 
 def _folder(job: Job) -> Path:
     """Where config.json and the tokenizer lie."""
-    return (job.pair.pre if job.pair.ft.format in BORROWING else job.pair.ft).folder
+    return (job.pair.pre if job.pair.ft.borrows else job.pair.ft).folder

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.checkpoint.companions import travels
-from surgery.checkpoint.formats import PYTORCH, SAFETENSORS, choose
+from surgery.checkpoint.formats import FORMATS, choose
 from surgery.errors import CheckpointError, HubError
 
 # huggingface_hub is slow to import, so only the functions that talk to the hub import it.
@@ -184,7 +184,7 @@ def _wanted(repo: str, names: Collection[str], companions: bool, read_index: Cal
     weights = list(choice.files)
     if choice.index:
         weights = [choice.index, *_shards(repo, choice.index, read_index(choice.index), names)]
-    if companions and CONFIG not in names and choice.format in (SAFETENSORS, PYTORCH):
+    if companions and CONFIG not in names and not FORMATS[choice.format].borrows:
         raise HubError(f"the hub repository {repo!r} has no {CONFIG}, so nothing could load the result: add it there.")
     beside = (name for name in names if name == CONFIG or (companions and travels(name)))
     return list(dict.fromkeys([*weights, *beside]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.readable import read_json
+from surgery.errors import CheckpointError
 
 TOKENIZER, VOCAB, ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
 
@@ -20,9 +21,6 @@ def new_tokens(pre: Path, ft: Path) -> tuple[int, int] | None:
 
     Args:
         pre, ft: the folders.
-
-    Raises:
-        CheckpointError: a tokenizer's file cannot be read.
     """
     if all(_same(pre / name, ft / name) for name in (TOKENIZER, VOCAB, ADDED)):
         return None
@@ -31,8 +29,11 @@ def new_tokens(pre: Path, ft: Path) -> tuple[int, int] | None:
 
 
 def tokens(folder: Path) -> int:
-    """How many ids the tokenizer of a folder has: the largest and one more; 0 where none of its files is known."""
-    return max((int(token) + 1 for token in _ids(folder) if isinstance(token, int)), default=0)
+    """How many ids the tokenizer of a folder has: the largest and one more; 0 where that cannot be read from its files."""
+    try:
+        return max((int(token) + 1 for token in _ids(folder) if isinstance(token, int)), default=0)
+    except CheckpointError:  # whoever uses the tokenizer will be told
+        return 0
 
 
 def _ids(folder: Path) -> Iterator[Any]:

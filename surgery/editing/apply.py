@@ -21,7 +21,7 @@ from surgery.checkpoint.delta import FILE, Delta, as_words, open_delta, read_ent
 from surgery.checkpoint.draft import Draft
 from surgery.checkpoint.dtypes import BITS, Array
 from surgery.checkpoint.durable import explain
-from surgery.checkpoint.formats import GGUF, SAFETENSORS
+from surgery.checkpoint.formats import FORMATS, safetensors
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.output import check_output
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
@@ -88,7 +88,9 @@ def prepare(pre: str | Path, delta: Path, *, out: Path | None = None, force: boo
     """
     opened = open_delta(delta)
     source = resolve(str(pre), companions=True)
-    base = open_checkpoint(source, other=_names(source, opened) if weights_of(source).format == GGUF else None)
+    base = open_checkpoint(
+        source, other=_names(source, opened) if FORMATS[weights_of(source).format].needs_base else None
+    )
     pieces = _pieces(opened, base, check=not force)
     container = _container(opened)
     target = out or delta.with_suffix("")
@@ -156,7 +158,7 @@ def computed(delta: Delta, base: Checkpoint) -> tuple[Checkpoint, dict[str, Path
         )
         for piece in _pieces(delta, base, check=True)
     }
-    made = Checkpoint(base.source, SAFETENSORS, tensors, {delta.path.name: delta.path}, _container(delta))
+    made = Checkpoint(base.source, safetensors.NAME, tensors, {delta.path.name: delta.path}, _container(delta))
     return made, _files(delta, base, False)
 
 
@@ -192,7 +194,7 @@ def _names(source: Any, delta: Delta) -> Checkpoint:
         for line in delta.document["tensors"]
         if line["base"]
     }
-    return Checkpoint(source, SAFETENSORS, tensors, {}, None)
+    return Checkpoint(source, safetensors.NAME, tensors, {}, None)
 
 
 def _piece(line: dict[str, Any], delta: Delta, base: Checkpoint) -> Piece:

@@ -17,7 +17,7 @@ from surgery.checkpoint.container import MAX_SHARD_SIZE, Container, split
 from surgery.checkpoint.output import check_output
 from surgery.checkpoint.pair import Pair, likes, pair
 from surgery.checkpoint.readable import read_json
-from surgery.checkpoint.source import BORROWING, Checkpoint, open_both
+from surgery.checkpoint.source import Checkpoint, open_both
 from surgery.checkpoint.tied import CONFIG, untied
 from surgery.errors import CheckpointError, OptionError
 from surgery.methods import METHODS, Method, parameters
@@ -213,7 +213,7 @@ def beside(both: Pair) -> dict[str, Path | bytes]:
 def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
     """Return the paths of the files that a loader needs beside the weights: ft's, or pre's if ft's format has none."""
     found = companions(ft.folder, only_known=ft.source.file is not None)
-    if ft.format in BORROWING:
+    if ft.borrows:
         found = companions(pre.folder, only_known=pre.source.file is not None) | found
     if CONFIG not in found:
         raise CheckpointError(f"{ft.folder}: config.json is missing, so nothing could load the result. Copy it there.")
@@ -227,7 +227,7 @@ def _configured(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
     weights that are plain numbers is left out.
     """
     config = read_json(copies[CONFIG])
-    made = _resized(config, both) if both.ft.format in BORROWING else config
+    made = _resized(config, both) if both.ft.borrows else config
     made = untied(made) if both.parted else made
     made = _plain(made)
     return {} if made == config else {CONFIG: (json.dumps(made, indent=2) + "\n").encode()}

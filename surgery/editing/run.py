@@ -11,7 +11,7 @@ from surgery import native, provenance
 from surgery.checkpoint.container import Container
 from surgery.checkpoint.draft import Draft
 from surgery.checkpoint.durable import explain
-from surgery.checkpoint.formats import SETS
+from surgery.checkpoint.formats.safetensors import INDEX
 from surgery.checkpoint.tensor import Sink
 from surgery.editing import report
 from surgery.editing.job import Job, check_unchanged, identity, reading
@@ -106,7 +106,7 @@ def documents(document: dict[str, Any], container: Container) -> dict[str, bytes
     if container.index is not None:
         weight_map = {name: file for file, shard in container.shards.items() for name in shard.names}
         index = {"metadata": container.index, "weight_map": weight_map}
-        files[SETS[0][2]] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     return files
 
 

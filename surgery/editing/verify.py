@@ -13,7 +13,7 @@ import numpy as np
 from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.delta import as_words, read_entries
 from surgery.checkpoint.dtypes import BITS, RAW
-from surgery.checkpoint.formats import ADAPTER
+from surgery.checkpoint.formats import adapter
 from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.hub import Source, resolve
 from surgery.checkpoint.listing import REPORT
@@ -83,7 +83,7 @@ def prepare(folder: Path, pre: str | None, ft: str | None) -> list[Check]:
 def stored(source: Source) -> dict[str, Tensor]:
     """The tensors in a checkpoint's own files: of a LoRA adapter, its factors."""
     choice = weights_of(source)
-    if choice.format == ADAPTER:
+    if choice.format == adapter.NAME:
         return read_header(source.folder / choice.files[1]).tensors
     return open_checkpoint(source).tensors
 

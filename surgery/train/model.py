@@ -13,7 +13,7 @@ import torch
 from surgery.checkpoint.companions import companions
 from surgery.checkpoint.container import MAX_SHARD_SIZE
 from surgery.checkpoint.dtypes import torch_type
-from surgery.checkpoint.formats import PYTORCH, SAFETENSORS
+from surgery.checkpoint.formats import FORMATS
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
@@ -37,7 +37,7 @@ def open_model(typed: str) -> Checkpoint:
         CheckpointError, HubError: it cannot be read, or transformers could not train it.
     """
     source = resolve(typed, companions=True)
-    if source.file or weights_of(source).format not in (SAFETENSORS, PYTORCH):
+    if source.file or FORMATS[weights_of(source).format].borrows:
         raise CheckpointError(f"{typed}: cannot be trained. Give the folder of a model in the Hugging Face format.")
     opened = open_checkpoint(source)
     for tensor in opened.tensors.values():

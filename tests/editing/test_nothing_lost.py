@@ -251,7 +251,8 @@ def test_names_that_are_not_plain(tmp_path: Path) -> None:
         pre, ft = str(root / "pre"), str(root / "ft")
         code, out, err = call("fapm", "--pre", pre, "--ft", ft, cwd=tmp_path)
         assert (code, err) == (0, "")
-        assert out.splitlines()[-1] == f"Wrote {root / 'ft-fapm-0.9'}"
+        shown = str(root / "ft-fapm-0.9").encode(errors="backslashreplace").decode()
+        assert out.splitlines()[-1] == f"Wrote {shown}"
         assert json.loads((root / "ft-fapm-0.9/surgery-report.json").read_bytes())["ft"]["typed"] == ft
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import RAW, Floats, narrow, widen
+from surgery.checkpoint.formats import safetensors
+from surgery.checkpoint.formats.format import Base, Choice, Format, Opened
 from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Handle, Tensor
 from surgery.errors import CheckpointError
 from surgery.layout import align, place
 
+NAME, CONFIG, WEIGHTS = "adapter", "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+# A whole model beside an adapter: transformers loads it and puts the adapter on.
+WHOLE = (safetensors.SINGLE, safetensors.INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 NO_LORA = re.compile(r"\.lora_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.")
@@ -361,3 +366,23 @@ def _product(left: Floats, right: NDArray[np.float64]) -> Floats:
         product += total
         total[...] = product
     return total
+
+
+def _find(names: Collection[str]) -> Choice | None:
+    weights = next((name for name in WEIGHTS if name in names), None)
+    if CONFIG not in names or weights is None:
+        return None
+    return Choice(NAME, (CONFIG, weights), beside=any(name in names for name in WHOLE))
+
+
+def _open(folder: Path, choice: Choice, base: Base | None) -> Opened:
+    if base is None:
+        raise CheckpointError(f"{folder}: can only be read beside the model that it was made from.")
+    files = {name: folder / name for name in choice.files}
+    config, weights = files.values()
+    tensors = read(config, weights, base.tensors)
+    files |= {f"base/{name}": path for name, path in base.files.items()}
+    return Opened(tensors, files, base.container if base.tensors.keys() == tensors.keys() else None)
+
+
+FORMAT = Format(NAME, _find, _open, borrows=True, needs_base=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear, top_level
 from surgery.checkpoint.formats.gguf_header import Header, Stored, read_header
 from surgery.checkpoint.tensor import Data, Handle, Span, Tensor, read_into
 from surgery.errors import CheckpointError
@@ -43,6 +44,9 @@ STRIPE = 1 << 18
 
 Rows = NDArray[np.int64]
 Values = NDArray[Any]
+
+
+NAME = "gguf"
 
 
 def read(path: Path, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -262,3 +266,20 @@ def _order(path: Path, stored: Stored, cut: tuple[int, ...], axes: tuple[int, ..
             "file is damaged. Convert the model again."
         )
     return np.arange(rows).reshape(cut).transpose(axes).ravel()
+
+
+def _find(names: Collection[str]) -> Choice | None:
+    loose = top_level(names, (".gguf",))
+    if len(loose) > 1:
+        raise Unclear(f"{len(loose)} .gguf files. Give the one you mean by its own path.")
+    return Choice(NAME, (loose[0],)) if loose else None
+
+
+def _open(folder: Path, choice: Choice, base: Base | None) -> Opened:
+    if base is None:
+        raise CheckpointError(f"{folder}: can only be read beside the model that it was made from.")
+    path = folder / choice.files[0]
+    return Opened(read(path, base.tensors), {choice.files[0]: path})
+
+
+FORMAT = Format(NAME, _find, _open, (".gguf",), borrows=True, needs_base=True)

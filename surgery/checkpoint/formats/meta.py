@@ -8,15 +8,21 @@ i + head_dim / 2 (as its `convert_llama_weights_to_hf.permute`). All of it happe
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint.formats import pytorch
+from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Handle, Reader, Tensor
 from surgery.errors import CheckpointError
 
 EMBEDDING, NORM, HEAD = "tok_embeddings.weight", "norm.weight", "output.weight"
+NAME, PARAMS = "meta", "params.json"
+PART = re.compile(r"consolidated\.[0-9]{2}\.pth")
+# Meta's own files, beside the Hugging Face ones of a Llama 3 repository.
+ORIGINAL = "original/"
 # name in a layer -> transformers' name, shape (D dim, K dim of keys, F of the feed-forward), and the dimension that it is cut
 # along (None: every part has all of it)
 LAYER: dict[str, tuple[str, str, int | None]] = {
@@ -220,3 +226,21 @@ class OpenJoined:
     def close(self) -> None:
         for reader in self.readers:
             reader.close()
+
+
+def _find(names: Collection[str]) -> Choice | None:
+    for folder in ("", ORIGINAL):
+        parts = sorted(name for name in names if name.startswith(folder) and PART.fullmatch(name[len(folder) :]))
+        if parts and folder + PARAMS in names:
+            return Choice(NAME, (folder + PARAMS, *parts))
+        if parts:
+            raise Unclear(f"{parts[0]} but no {folder}{PARAMS}, which says how many heads the model has. Put it there.")
+    return None
+
+
+def _open(folder: Path, choice: Choice, _: Base | None) -> Opened:
+    files = {name: folder / name for name in choice.files}
+    return Opened(read(*files.values()), files)
+
+
+FORMAT = Format(NAME, _find, _open, borrows=True)

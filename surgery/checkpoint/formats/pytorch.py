@@ -14,7 +14,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,12 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import BITS, TORCH
+from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear, top_level
+from surgery.checkpoint.formats.shards import join, numbered_set, read_index, stale_index
 from surgery.checkpoint.tensor import Handle, Span, Tensor, read_into
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
+NAME = "pytorch"
+SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ENDINGS = (".pth", ".pt", ".bin")
+# What a training leaves beside the weights in the same format, and other formats' files.
+NO_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|rng_state\w*|scaler|\w*mp_rank\w*|tokenizer\w*|model_world_size\w*)\.(bin|pth?)"
+    r"|adapter_model\..*|consolidated\.[0-9]{2}\.pth|pytorch_model-[0-9-of]+\.bin\.tmp"
+)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 MAX_PICKLE = 100_000_000  # as for the header of a safetensors file
 # Where training programs keep the weights among other things.
@@ -269,3 +279,34 @@ class OpenStrided:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _find(names: Collection[str]) -> Choice | None:
+    if SINGLE in names:
+        return Choice(NAME, (SINGLE,))
+    if INDEX in names:
+        return Choice(NAME, (), INDEX)
+    for ending in ENDINGS:
+        loose = [name for name in top_level(names, (ending,)) if not NO_WEIGHTS.fullmatch(name)]
+        if len(loose) == 1:
+            return Choice(NAME, (loose[0],))
+        if loose:
+            try:
+                note = f"There is no index: {len(loose)} numbered files were read as one model."
+                return Choice(NAME, numbered_set(loose), notes=(note,))
+            except Unclear as unclear:
+                raise Unclear(
+                    f"{len(loose)} {ending} files, {unclear}. Give the one you mean by its own path."
+                ) from None
+    return None
+
+
+def _open(folder: Path, choice: Choice, _: Base | None) -> Opened:
+    choice = (stale_index(folder, choice, ".bin") if choice.index else None) or choice
+    weight_map, _metadata = read_index(folder, choice, ".bin") if choice.index else ({}, None)
+    files = {name: folder / name for name in sorted(set(weight_map.values()) or set(choice.files))}
+    tensors = join(folder, choice, {name: read(path) for name, path in files.items()}, weight_map)
+    return Opened(tensors, files, notes=choice.notes)
+
+
+FORMAT = Format(NAME, _find, _open, ENDINGS)

@@ -10,16 +10,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.dtypes import BITS
+from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear, top_level
+from surgery.checkpoint.formats.shards import join, numbered_set, read_index, stale_index
 from surgery.checkpoint.readable import readable
 from surgery.checkpoint.tensor import Span, Tensor
 from surgery.errors import CheckpointError
 
+NAME = "safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Other formats' files.
+ADAPTERS, CONSOLIDATED = ("adapter_model.safetensors", "adapters.safetensors"), "consolidated.safetensors"
 # The limit of the reference implementation.
 MAX_HEADER = 100_000_000
 
@@ -141,3 +148,46 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[Tensor,
 def _is_text(value: Any) -> bool:
     """Whether it is a string that can be written again: JSON may hold half a character, such as "\\ud800"."""
     return isinstance(value, str) and not any("\ud800" <= mark <= "\udfff" for mark in value)
+
+
+def _read_as_one(files: Sequence[str]) -> str:
+    return f"There is no {INDEX}: {len(files)} numbered files were read as one model."
+
+
+def _find(names: Collection[str]) -> Choice | None:
+    if SINGLE in names:
+        return Choice(NAME, (SINGLE,))
+    if INDEX in names:
+        return Choice(NAME, (), INDEX)
+    loose = [name for name in top_level(names, (".safetensors",)) if name not in (*ADAPTERS, CONSOLIDATED)]
+    if len(loose) == 1:
+        return Choice(NAME, (loose[0],))
+    if not loose:
+        return None
+    try:
+        return Choice(
+            NAME,
+            numbered_set(loose),
+            notes=(_read_as_one(loose),),
+        )
+    except Unclear as unclear:
+        raise Unclear(
+            f"{len(loose)} safetensors files but no {INDEX}, {unclear}. Give the one you mean by its own path."
+        ) from None
+
+
+def _open(folder: Path, choice: Choice, _: Base | None) -> Opened:
+    choice = (stale_index(folder, choice, ".safetensors") if choice.index else None) or choice
+    weight_map, metadata = read_index(folder, choice, ".safetensors") if choice.index else ({}, None)
+    files = {name: folder / name for name in sorted(set(weight_map.values()) or set(choice.files))}
+    headers = {name: read_header(path) for name, path in files.items()}
+    tensors = join(folder, choice, {name: header.tensors for name, header in headers.items()}, weight_map)
+    shards = {}
+    for file, header in headers.items():
+        held = tuple(name for name, tensor in header.tensors.items() if tensors.get(name) is tensor)
+        if held:
+            shards[file] = Shard(held, header.metadata)
+    return Opened(tensors, files, Container(shards, metadata if choice.index or len(shards) == 1 else {}), choice.notes)
+
+
+FORMAT = Format(NAME, _find, _open, (".safetensors",))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from surgery.__main__ import main
-from surgery.checkpoint.formats import GGUF, Choice, choose
+from surgery.checkpoint.formats import Choice, choose
 from surgery.checkpoint.formats.gguf import ARCHITECTURES, PIECE, Blocks, read
 from surgery.checkpoint.tensor import Span, Tensor
 from surgery.errors import CheckpointError
@@ -243,8 +243,8 @@ def test_a_gguf_file_as_ft_takes_its_config_from_pre(tmp_path: Path, capsys: pyt
 
 def test_the_one_gguf_file_of_a_repository_is_its_weights() -> None:
     names = ["README.md", ".gitattributes", "Tiny-Q4_K_M.gguf"]
-    assert choose(names, "it", CheckpointError) == Choice(GGUF, ("Tiny-Q4_K_M.gguf",))
-    with pytest.raises(CheckpointError, match=r"it has 2 \.gguf files"):
+    assert choose(names, "it", CheckpointError) == Choice("gguf", ("Tiny-Q4_K_M.gguf",))
+    with pytest.raises(CheckpointError, match=r"it: has 2 \.gguf files"):
         choose([*names, "Tiny-Q8_0.gguf"], "it", CheckpointError)
 
 
