@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,11 @@ from surgery.checkpoint.hub import Source, resolve
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError, PairError
 from surgery.layout import unwrapped
+
+# Factors of an adapter among a model's weights.
+UNMERGED = re.compile(
+    r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_[ab]|hada_w\d_[ab]|oft_R|ia3_l)(?:\.|$)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ def open_both(pre: str, *tuned: str) -> tuple[Checkpoint, list[Checkpoint]]:
     formats = [FORMATS[weights_of(source).format] for source in sources]
     base = resolve(pre, companions=any(format.borrows for format in formats))
     choice = weights_of(base, adapters=False)
-    if choice.format == "adapter":
+    if FORMATS[choice.format].needs_base and not FORMATS[choice.format].endings:
         raise CheckpointError(
             f"{base.folder}: is an adapter, so it cannot be `pre`. Give the model that it was made for."
         )
@@ -136,6 +142,12 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters
     base = Base(other.tensors, other.files, other.container) if other else None
     opened = FORMATS[choice.format].open(source.folder / choice.inside, choice, base)
     notes += [note for note in opened.notes if note not in notes]
+    if factor := next((name for name in opened.tensors if UNMERGED.search(name)), None):
+        raise CheckpointError(
+            f"{opened.tensors[factor].path}: holds a LoRA that is not merged ({factor}), beside the weights of its base. "
+            "Load it with peft, call merge_and_unload, and give the folder of what save_pretrained writes then; or give the "
+            "adapter that peft saves, with its adapter_config.json."
+        )
     if not opened.tensors:
         raise CheckpointError(f"{source.folder}: the checkpoint holds no tensor.")
     tensors, container = _unwrapped(opened.tensors, opened.container)

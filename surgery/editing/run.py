@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from surgery import native, provenance
+from surgery.checkpoint.companions import WEIGHTS
 from surgery.checkpoint.container import Container
 from surgery.checkpoint.draft import Draft
 from surgery.checkpoint.durable import explain
@@ -121,6 +122,15 @@ def engines(device: str, allow_nonfinite: bool) -> Callable[[Tick], Engine]:
     return lambda tick: CudaEngine(tick, found, allow_nonfinite=allow_nonfinite)
 
 
+def _unchanged(job: Job) -> str:
+    """A warning that there was nothing to edit, with what else may hold the fine-tuning."""
+    folder = job.pair.ft.folder
+    read = set(job.pair.ft.files)
+    others = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS) and path.name not in read)
+    there = f" Beside what was read, it holds {', '.join(others[:5])}." if others else ""
+    return f"Warning: pre and ft have the same numbers everywhere. Is {folder} the model that was fine-tuned?{there}"
+
+
 def report_of(job: Job, results: dict[str, dict[str, Any]], command: Sequence[str]) -> dict[str, Any]:
     """Return the report of a job, from the `Result` of every tensor."""
     lines = [report.describe(step, Result(**results[step.ft.name])) for step in job.steps]
@@ -130,6 +140,8 @@ def report_of(job: Job, results: dict[str, dict[str, Any]], command: Sequence[st
         notes.append(
             f"NaN or Inf, as in the inputs: {', '.join(passed[:3])}{' and others' if len(passed) > 3 else ''}."
         )
+    if not any(line["distance_before"] for line in lines):
+        notes.append(_unchanged(job))
     return {
         "method": job.method.name,
         "parameters": json.loads(json.dumps(parameters(job.method))),

@@ -99,3 +99,17 @@ def test_progress_adds_up(name: str, tmp_path: Path) -> None:
     assert all(step >= 0 for step in steps)
     weights = sum(tensor.nbytes for tensor in read_checkpoint(ft).values())
     assert 2 * weights <= sum(steps) <= job.reading
+
+
+def test_a_pair_that_does_not_differ_is_said_with_what_else_lies_there(tmp_path: Path) -> None:
+    from helpers.command import call
+
+    tensors = tiny_llama()
+    for side in ("pre", "ft"):
+        write_checkpoint(tmp_path / side, tensors)
+    (tmp_path / "ft/adapter_model.bin").write_bytes(b"x")
+    code, out, _ = call("fapm", "--pre", "pre", "--ft", "ft", "--out", "out", cwd=tmp_path)
+    said = " ".join(out.split())
+    assert code == 0
+    assert "the same numbers everywhere" in said
+    assert "adapter_model.bin" in said

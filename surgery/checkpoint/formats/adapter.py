@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,16 @@ NAME, CONFIG, WEIGHTS = "adapter", "adapter_config.json", ("adapter_model.safete
 # A whole model beside an adapter: transformers loads it and puts the adapter on.
 WHOLE = (safetensors.SINGLE, safetensors.INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 PREFIX = "base_model.model."
-FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
+# peft names the adapter in a model's own state dict ("lora_A.default.weight"), and leaves the name out where it saves.
+FACTOR = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])(?:\.(?P<name>\w+))?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.(?P<other>\w+))?)"
+)
 NO_LORA = re.compile(r"\.lora_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.")
 # Of a vocabulary with more rows peft stores the saved modules twice more, under its wrapper's names.
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")
 # Those that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga, ...) train beside a changed one.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+Read = Callable[[Path, Path, Mapping[str, Tensor]], dict[str, Tensor]]
 # Settings with which the fine-tuned model is more than base + s · B·A, or is no model of the base's shape.
 VARIANTS = (
     "use_dora",
@@ -82,11 +86,11 @@ def read(config: Path, weights: Path, base: Mapping[str, Tensor]) -> dict[str, T
     tied = not any(place(name).category == "head" and len(tensor.shape) == 2 for name, tensor in base.items())
     tuned = dict(base)
     for key in _replacing(weights, settings, whole, names, tied=tied):
-        tuned[names[key]] = _replaced(weights, whole[key], base[names[key]])
+        tuned[names[key]] = replaced(weights, whole[key], base[names[key]])
     conv1d = _has_conv1d(base)
     for module, pair in factors.items():
         if f"{module}.weight" not in names:
-            raise _no_base(weights, f"{module}.weight")
+            raise no_base(weights, f"{module}.weight")
         before = tuned[names[f"{module}.weight"]]
         data = Computed(weights, before, before.dtype, _update(weights, settings, module, pair, before, conv1d=conv1d))
         tuned[before.name] = replace(before, data=data, start=0)
@@ -158,7 +162,12 @@ def _sort(weights: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, dict[s
         name = key.removeprefix(PREFIX)
         if match := FACTOR.fullmatch(name):
             kind = match["linear"] or f"embedding {match['embedding']}"
-            factors.setdefault(match["module"], {})[kind] = tensor
+            pair = factors.setdefault(match["module"], {})
+            if kind in pair:
+                raise CheckpointError(
+                    f"{weights}: holds several adapters ({match['name'] or match['other']} and another). Save the one you mean."
+                )
+            pair[kind] = tensor
         elif COPY.search(name) and COPY.sub(".", key) in stored:
             continue
         elif NO_LORA.search(name):
@@ -183,7 +192,7 @@ def _replacing(
         apart = key.rpartition(".")[0].endswith(tuple(settings.saved)) and not settings.tied
         if key not in names:
             if not (tied and category == "head" and embedding and not apart):
-                raise _no_base(weights, key)
+                raise no_base(weights, key)
         elif tied and category == "embedding" and apart:
             raise CheckpointError(
                 f"{weights}: {key} was trained apart from the head, which the base does not store and may tie to it. {MERGE}"
@@ -192,7 +201,7 @@ def _replacing(
             yield key
 
 
-def _replaced(weights: Path, tensor: Tensor, before: Tensor) -> Tensor:
+def replaced(weights: Path, tensor: Tensor, before: Tensor) -> Tensor:
     """What the adapter stores as a whole, in the base's type."""
     if tensor.dtype == before.dtype:
         return replace(tensor, name=before.name)
@@ -201,7 +210,7 @@ def _replaced(weights: Path, tensor: Tensor, before: Tensor) -> Tensor:
     return Tensor(before.name, before.dtype, tensor.shape, Computed(weights, tensor, before.dtype, None))
 
 
-def _no_base(weights: Path, key: str) -> CheckpointError:
+def no_base(weights: Path, key: str) -> CheckpointError:
     return CheckpointError(
         f"{weights}: changes {key}, which the base does not store. Give the base that it was made for, or, where the base ties "
         "or fuses this weight, merge with peft's merge_and_unload and give the folder of that."
@@ -376,6 +385,15 @@ def _find(names: Collection[str]) -> Choice | None:
 
 
 def _open(folder: Path, choice: Choice, base: Base | None) -> Opened:
+    return opened(folder, choice, base, read)
+
+
+def opened(folder: Path, choice: Choice, base: Base | None, read: Read) -> Opened:
+    """An adapter that is read on its base.
+
+    Args:
+        read: takes the adapter's configuration, its weights and the base's tensors.
+    """
     if base is None:
         raise CheckpointError(f"{folder}: can only be read beside the model that it was made from.")
     files = {name: folder / name for name in choice.files}

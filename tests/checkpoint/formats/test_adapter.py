@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import tracemalloc
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from surgery.checkpoint.formats.adapter import read
 from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.source import open_both
 from surgery.checkpoint.tensor import Tensor
+from surgery.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -521,3 +523,77 @@ def test_with_a_vocabulary_that_grew_the_result_loads(tmp_path: Path) -> None:
     assert model.config.vocab_size == 107
     assert_same(model.lm_head.weight.data[99:], made.merged["lm_head.weight"][99:], "lm_head")
     assert main(["verify", str(tmp_path / "out"), "--pre", str(made.base), "--ft", str(made.adapter)]) == 0
+
+
+@pytest.mark.parametrize("place", ["beside its base", "in a sub-folder", "in checkpoint-7"])
+def test_an_adapter_is_found_where_people_leave_it(tmp_path: Path, place: str) -> None:
+    """Beside the base's own weights, where transformers puts it on; in a folder of its own inside."""
+    made = make(tmp_path, FAMILIES["llama"], target_modules=["q_proj", "up_proj"])
+    ft = tmp_path / "ft"
+    if place == "beside its base":
+        shutil.copytree(made.base, ft)
+        shutil.copytree(made.adapter, ft, dirs_exist_ok=True)
+    else:
+        shutil.copytree(made.adapter, ft / ("default" if place == "in a sub-folder" else "checkpoint-7"))
+    pre, (tuned,) = open_both(str(made.base), str(ft))
+    assert tuned.notes
+    for name, tensor in tuned.tensors.items():
+        expected = made.merged[name].flatten()
+        assert torch.allclose(torch.frombuffer(bytearray(fill(tensor)), dtype=torch.float32), expected, atol=1e-6)
+    assert all(fill(pre.tensors[name]) == fill(open_base(made.base)[name]) for name in pre.tensors)
+
+
+def open_base(folder: Path) -> dict[str, Tensor]:
+    return open_both(str(folder), str(folder))[0].tensors
+
+
+def test_keys_may_name_the_adapter(tmp_path: Path) -> None:
+    """As in a model's own state dict: lora_A.default.weight."""
+    made = make(tmp_path, FAMILIES["llama"], target_modules=["q_proj", "up_proj"])
+    plain = {name: fill(tensor) for name, tensor in made.ours.items()}
+    path = made.adapter / "adapter_model.safetensors"
+    named = {key.replace(".weight", ".default.weight"): value for key, value in load_file(path).items()}
+    save_file(named, path)
+    assert {name: fill(tensor) for name, tensor in made.ours.items()} == plain
+    twice = named | {key.replace(".default.", ".other."): value.clone() for key, value in named.items()}
+    save_file(twice, path)
+    with pytest.raises(CheckpointError, match="several adapters"):
+        _ = made.ours
+
+
+@pytest.mark.parametrize("wrapped", ["base_model.model.", ""])
+@pytest.mark.parametrize("base_layer", [True, False])
+def test_a_lora_that_is_not_merged_is_refused(tmp_path: Path, wrapped: str, base_layer: bool) -> None:
+    base = tiny_llama(torch.float32)
+    write_checkpoint(tmp_path / "pre", base)
+    state = {}
+    for name, tensor in base.items():
+        lora = "q_proj" in name
+        key = name.replace(".weight", ".base_layer.weight") if lora and base_layer else name
+        state[wrapped + key] = tensor
+        if lora:
+            module = name.removesuffix(".weight")
+            state[f"{wrapped}{module}.lora_A.default.weight"] = torch.ones(2, tensor.shape[1])
+            state[f"{wrapped}{module}.lora_B.default.weight"] = torch.ones(tensor.shape[0], 2)
+    write_checkpoint(tmp_path / "ft", state)
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        open_both(str(tmp_path / "pre"), str(tmp_path / "ft"))
+
+
+@pytest.mark.parametrize("around", ["model.", "model.language_model."])
+def test_a_lora_of_the_text_part_fits_a_multimodal_base(tmp_path: Path, around: str) -> None:
+    text = tiny_llama(torch.float32)
+    base = {name.replace("model.", around, 1): tensor for name, tensor in text.items()}
+    base["model.visual.blocks.0.attn.qkv.weight"] = torch.ones(6, 2)
+    write_checkpoint(tmp_path / "pre", base)
+    a, b = torch.randn(2, 16), torch.randn(16, 2)
+    (tmp_path / "lora").mkdir()
+    module = "base_model.model.model.layers.1.self_attn.q_proj"
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, tmp_path / "lora/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    tensors = open_both(str(tmp_path / "pre"), str(tmp_path / "lora"))[1][0].tensors
+    assert tensors.keys() == base.keys()
+    stored = f"{around}layers.1.self_attn.q_proj.weight"
+    found = torch.frombuffer(bytearray(fill(tensors[stored])), dtype=torch.float32).reshape(16, 16)
+    assert torch.allclose(found, base[stored] + 3 * b @ a, atol=1e-5)

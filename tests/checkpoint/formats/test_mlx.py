@@ -1,0 +1,62 @@
+"""Adapters in the form of mlx-lm, against its formula: W + scale · (a·b)ᵀ, in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoints import Tensors, tiny_llama, write_checkpoint
+from safetensors.torch import save_file
+
+from surgery.checkpoint.source import open_both
+from surgery.checkpoint.tensor import read_bytes
+from surgery.errors import CheckpointError
+
+MODULES = ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+
+
+def adapter(tmp_path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Tensors, Tensors]:
+    base = tiny_llama(torch.float32)
+    write_checkpoint(tmp_path / "pre", base)
+    factors = {}
+    for module in MODULES:
+        rows, columns = base[f"{module}.weight"].shape
+        factors[f"{module}.lora_a"] = (0.1 * torch.randn(columns, 3)).to(dtype)
+        factors[f"{module}.lora_b"] = (0.1 * torch.randn(3, rows)).to(dtype)
+    (tmp_path / "ft").mkdir()
+    save_file(factors, tmp_path / "ft/adapters.safetensors", {"format": "mlx"})
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 20.0, "dropout": 0.0}, **settings}
+    (tmp_path / "ft/adapter_config.json").write_text(json.dumps(config))
+    return base, factors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_the_formula(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base, factors = adapter(tmp_path, dtype)
+    tensors = open_both(str(tmp_path / "pre"), str(tmp_path / "ft"))[1][0].tensors
+    for name, tensor in base.items():
+        found = torch.frombuffer(bytearray(read_bytes(tensors[name])), dtype=torch.float32).reshape(tensor.shape)
+        module = name.removesuffix(".weight")
+        if module in MODULES:
+            product = factors[f"{module}.lora_a"].double() @ factors[f"{module}.lora_b"].double()
+            assert torch.allclose(found.double(), tensor.double() + 20.0 * product.T, atol=1e-6)
+        else:
+            assert torch.equal(found, tensor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"fine_tune_type": "dora"}, "mlx_lm.fuse"),
+        ({"lora_parameters": {}}, "scale"),
+        ({"lora_parameters": None}, "scale"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    adapter(tmp_path, **settings)
+    with pytest.raises(CheckpointError, match=says):
+        open_both(str(tmp_path / "pre"), str(tmp_path / "ft"))
