@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from surgery.errors import OutputError
+from surgery.errors import OutputError, SurgeryError
+from surgery.interrupt import postponed, uninterrupted
 
 
 def expanded(typed: str | Path) -> Path:
@@ -127,10 +128,7 @@ class OutFile:
         self._check()
         # In the same folder, so that the rename cannot fail where this does not.
         self.draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        try:
-            os.close(os.open(self.draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except OSError as error:
-            raise self._explain(error) from None
+        self.written = False
 
     def keep_off(self, inputs: Iterable[Path]) -> None:
         """Check once more against inputs that became known only now: a hub's files.
@@ -141,6 +139,14 @@ class OutFile:
         apart(self.path, inputs, self.name)
 
     def __enter__(self) -> OutFile:
+        try:
+            with postponed():
+                os.close(os.open(self.draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except BaseException as error:
+            self._remove()
+            if isinstance(error, OSError):
+                raise self._explain(error) from None
+            raise
         return self
 
     def write(self, content: bytes) -> None:
@@ -159,15 +165,29 @@ class OutFile:
                 os.fsync(file)
             finally:
                 os.close(file)
-            self.draft.replace(self.path)
+            with uninterrupted():
+                self.draft.replace(self.path)
+                self.written = True
         except OSError as error:
             raise self._explain(error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            self.draft.unlink(missing_ok=True)
-        except OSError:  # an empty hidden file, which must not hide how the command ended
+        if self.written:
             return
+        left = self._remove()
+        if left and error is None:
+            raise left
+        if left and isinstance(error, SurgeryError):
+            error.args = (f"{error} {self.draft} is left: remove it.",)
+
+    def _remove(self) -> OutputError | None:
+        """Remove the draft; return why it could not be."""
+        try:
+            with uninterrupted():
+                self.draft.unlink(missing_ok=True)
+        except Exception as error:  # memory may be gone too
+            return self._explain(error)
+        return None
 
     def _check(self) -> None:
         try:
@@ -185,5 +205,6 @@ class OutFile:
             "replaced. Move it away, or choose another name."
         )
 
-    def _explain(self, error: OSError) -> OutputError:
-        return OutputError(f"`{self.name}` {self.typed}: cannot be written ({error.strerror}). Choose another place.")
+    def _explain(self, error: Exception) -> OutputError:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        return OutputError(f"`{self.name}` {self.typed}: cannot be written ({reason}). Choose another place.")

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +138,19 @@ class Beside:
         Returns:
             A sentence if something is left.
         """
-        left: list[str] = []
+        sentence = f"{self.folder}: could not be removed"
+        held: list[bool] = []
+        left = tried(lambda: held.append(self.marker is not None and self.stands()), sentence)
         actions: list[Callable[[], object]] = []
-        if self.marker is not None and self.stands():
+        if held == [True]:
             actions = [self.clear, (self.folder / self.name).unlink, self.folder.rmdir]
         elif self.new:  # made a moment ago, and not yet held
             actions = [(self.folder / self.name).unlink, self.folder.rmdir]
         for action in actions:
-            left = tried(action, f"{self.folder}: could not be removed") or left
+            left = tried(action, sentence) or left
         self.release()
         for folder in self.made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            tried(folder.rmdir, "")
         return left
 
     def release(self) -> None:
@@ -157,8 +159,7 @@ class Beside:
             file = getattr(self, name)
             setattr(self, name, None)
             if file is not None:
-                with contextlib.suppress(OSError):  # of bytes that a full disk refused before, and refuses again
-                    os.close(file)
+                tried(partial(os.close, file), "")
 
     def _enter(self) -> bytes | None:
         """Open and lock the folder and its marker; returns what that holds, None where the folder is not surgery's."""

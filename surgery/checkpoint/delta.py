@@ -31,12 +31,13 @@ from surgery.checkpoint.beside import Beside
 from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.companions import travels
 from surgery.checkpoint.dtypes import BITS, RAW, Array, narrow, widen
-from surgery.checkpoint.durable import explained, postponed, sync_folder, tried, uninterrupted
+from surgery.checkpoint.durable import explained, sync_folder, tried
 from surgery.checkpoint.formats.safetensors import encode_header, read_header
 from surgery.checkpoint.listing import JOURNAL
 from surgery.checkpoint.output import appear_file
 from surgery.checkpoint.tensor import Reader, Span, Tensor
 from surgery.errors import CheckpointError, OutputError
+from surgery.interrupt import postponed, uninterrupted
 from surgery.paths import Kind
 
 FORMAT = "surgery-task-vector"

@@ -21,12 +21,13 @@ from typing import Any
 
 from surgery.checkpoint.beside import Beside
 from surgery.checkpoint.checksum import Checksum
-from surgery.checkpoint.durable import explained, postponed, same_file, sync_file, sync_folder, tried, uninterrupted
+from surgery.checkpoint.durable import explained, same_file, sync_file, sync_folder, tried
 from surgery.checkpoint.formats.safetensors import encode_header
 from surgery.checkpoint.listing import JOURNAL, REPORT, listing
 from surgery.checkpoint.output import appear, tidy
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import OutputError
+from surgery.interrupt import postponed, uninterrupted
 from surgery.text import dumps
 
 SYNC_SECONDS = 0.5
@@ -172,7 +173,7 @@ class Draft:
         tried(lambda: sync_folder(self.out), "")
         tried(lambda: sync_folder(self.out.parent), "")
         tried(self._close, "")
-        tried(lambda: self.left.extend(tidy(self.out, old)), "")
+        self.left += tidy(self.out, old)
 
     def _begin(self, journal: bytes) -> None:
         """Continue what the journal tells of, or start afresh."""

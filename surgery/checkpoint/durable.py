@@ -1,12 +1,10 @@
-"""What makes a write safe: locks, syncs, Ctrl-C held back for a moment, and an operating system's errors as sentences."""
+"""What makes a write safe: locks, syncs, and an operating system's errors as sentences."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,37 +32,6 @@ def same_file(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
-
-
-@contextlib.contextmanager
-def postponed() -> Iterator[None]:
-    """Ctrl-C is heard at the end."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        handler(pressed[0], None)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C is not heard in here, where it would leave something half done."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def tried(action: Callable[[], object], sentence: str) -> list[str]:

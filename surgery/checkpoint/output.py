@@ -9,8 +9,10 @@ import errno
 import os
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from surgery.checkpoint.durable import tried
 from surgery.checkpoint.listing import WAY_OUT, remove_output, stranger
 from surgery.errors import OutputError
 from surgery.paths import Kind, apart
@@ -172,7 +174,7 @@ def appear_file(made: Path, out: Path, kind: Kind, *, replace: bool) -> None:
 
 
 def tidy(out: Path, old: Path | None) -> list[str]:
-    """Remove the earlier outputs that were set aside for this one.
+    """Remove the earlier outputs that were set aside for this one. Nothing is raised: the output has appeared.
 
     Args:
         old: the one that `appear` set aside.
@@ -180,12 +182,13 @@ def tidy(out: Path, old: Path | None) -> list[str]:
     Returns:
         A sentence for each that could not be removed as a whole.
     """
+    found: list[Path] = []
+    tried(lambda: found.extend(_set_aside(out)), "")
     left = []
-    for aside in _set_aside(out):
-        try:
-            remove_output(aside)
-        except OSError as error:
-            left.append(f"{aside}: is left of the output that was replaced ({error.strerror or error}). Remove it.")
-    if old is not None and os.path.lexists(old) and not left:
-        left.append(f"{old}: is left of the output that was replaced, since something was put into it. Look into it.")
+    for aside in found:
+        left += tried(partial(remove_output, aside), f"{aside}: is left of the output that was replaced")
+    if old is not None and not left and os.path.lexists(old):
+        left.append(
+            f"{old}: is the output that was replaced, and not all in it is surgery's. Look into it and remove it."
+        )
     return left

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from surgery.errors import OptionError
+from surgery.interrupt import postponed, uninterrupted
 
 # More threads than this wait for the interpreter, not for the data.
 MAX_WORKERS = 8
@@ -71,23 +72,30 @@ def stream(
         except BaseException as error:
             failures.append(error)
             stop.set()
+        finally:
+            ended[number].set()
 
     threads = [threading.Thread(target=worker, args=(number,), daemon=True) for number in range(count)]
+    # Not Thread.join: Ctrl-C in one lets the next return although the thread goes on.
+    ended = [threading.Event() for _ in range(count)]
+    running: list[threading.Event] = []
     shown = 0
     try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(0.1 / count)
+        with postponed():  # until it is known which threads there are to wait for
+            for thread, end in zip(threads, ended, strict=True):
+                thread.start()
+                running.append(end)
+        while not all(end.is_set() for end in running):
+            for end in running:
+                end.wait(0.1 / count)
             total = sum(read)
             advance(total - shown)
             shown = total
     finally:
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        with uninterrupted():
+            stop.set()
+            for end in running:
+                end.wait()
     if failures:
         raise failures[0]
     advance(sum(read) - shown)

@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from surgery.checkpoint.beside import Beside
-from surgery.checkpoint.durable import explained, postponed, sync_file, sync_folder, tried, uninterrupted
+from surgery.checkpoint.durable import explained, sync_file, sync_folder, tried
 from surgery.checkpoint.output import appear, tidy
 from surgery.errors import OutputError
+from surgery.interrupt import postponed, uninterrupted
 from surgery.train.settings import NEUTRAL
 
 STATE = "trainer_state.json"
@@ -136,7 +137,7 @@ class Work:
             with uninterrupted():
                 old = appear(self.result, self.out, replace=self.replace)
                 tried(lambda: sync_folder(self.out.parent), "")
-                tried(lambda: self.left.extend(tidy(self.out, old)), "")
+                self.left += tidy(self.out, old)
 
 
 def _complete(state: Path) -> bool:
