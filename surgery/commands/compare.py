@@ -50,7 +50,7 @@ def _compare(pair: Pair, others: Others, shown: Shown, scoring: Scoring) -> None
     inputs = scoring.inputs(pair.pre, pair.ft, *others.checkpoints)
     folder = Folder(shown.report, inputs) if shown.report else None
     subjects = open_subjects(pair.pre, pair.ft, others.checkpoints)
-    tasks, general = scoring.measures()
+    tasks, general = scoring.measures(general=False)
     with scoring_progress(len(subjects)) as observe:
         document = compare(subjects, tasks, general, scoring, command=["surgery", *sys.argv[1:]], observe=observe)
     show(document, folder, as_json=shown.as_json)

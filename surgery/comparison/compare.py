@@ -179,7 +179,7 @@ def document(
         "kind": kind,
         "command": list(command),
         "versions": provenance.versions() | {"transformers": version("transformers")},
-        "notes": [*_tokens(plane, scored), *notes],
+        "notes": [*_tokens(plane, scored), *_nothing(plane, scored), *_thought(plane, scored), *notes],
         "pre": provenance.origin(plane.pre.subject.checkpoint),
         "ft": provenance.origin(plane.ft.subject.checkpoint),
         "measures": [
@@ -275,6 +275,29 @@ def _items(models: Sequence[Scored], name: str) -> dict[str, Any]:
         "values": {label: [_finite(value) for value in scores.values.tolist()] for label, scores in held.items()},
         "items": {label: list(scores.items) for label, scores in held.items() if len(scores.items)},
     }
+
+
+def _nothing(plane: Plane, models: Sequence[Scored]) -> list[str]:
+    """A sentence for each measure by which every model scores 0: then it compares nothing."""
+    return [
+        f"Every model scores 0 on {measure.name}. Look at what they wrote (`as_json`): answers may be cut short "
+        "(`max_new_tokens`), have another form than the references (`metric`), or be too hard for these models."
+        for measure in (*plane.tasks, *plane.general)
+        if measure.kind == "share" and all(model.scores[measure.name].value == 0 for model in models)
+    ]
+
+
+def _thought(plane: Plane, models: Sequence[Scored]) -> list[str]:
+    """A sentence for each measure whose answers were compared without the reasoning before them."""
+    found = []
+    for measure in (*plane.tasks, *plane.general):
+        count = sum(int(model.scores[measure.name].extra.get("reasoning_removed", 0)) for model in models)
+        if count:
+            found.append(
+                f"{measure.name}: reasoning (<think>…</think>) was taken off {count:,} answers before they were compared; "
+                "`keep_reasoning` keeps it."
+            )
+    return found
 
 
 def _tokens(plane: Plane, models: Sequence[Scored]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from surgery.errors import CheckpointError, OptionError, reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+Message = dict[str, Any]
+MARK = "answer-of-the-assistant"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
@@ -61,11 +63,11 @@ def learnt(tokenizer: PreTrainedTokenizerBase, row: Row, folder: Path) -> tuple[
     """
     end = str(tokenizer.eos_token or "")
     if "text" in row:
-        whole = encode(tokenizer, _ended(row["text"], end))
+        whole = encode(tokenizer, without_beginning(tokenizer, _ended(row["text"], end)))
         return whole[:1], whole[1:]
-    first = prompt_ids(tokenizer, row["prompt"], folder)
+    first = prompt_ids(tokenizer, row["prompt"], folder, tools=row.get("tools"))
     if isinstance(row["prompt"], list):
-        whole = _rendered(tokenizer, row["prompt"] + row["completion"], folder, prompt=False)
+        whole = _rendered(tokenizer, row["prompt"] + row["completion"], folder, prompt=False, tools=row.get("tools"))
     else:
         whole = encode(tokenizer, row["prompt"] + _ended(row["completion"], end))
     same = next(
@@ -75,15 +77,54 @@ def learnt(tokenizer: PreTrainedTokenizerBase, row: Row, folder: Path) -> tuple[
     return whole[:split], whole[split:]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], folder: Path) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], folder: Path, *, tools: str | None = None
+) -> list[int]:
     """A prompt, text or chat, up to where the answer begins.
+
+    Args:
+        tools: what a chat's assistant may call, as JSON.
 
     Raises:
         CheckpointError, OptionError: the tokenizer has no chat template, or it does not take the messages.
     """
     if isinstance(prompt, list):
-        return _rendered(tokenizer, prompt, folder, prompt=True)
+        return _rendered(tokenizer, prompt, folder, prompt=True, tools=tools)
     return _open(tokenizer, prompt)
+
+
+def rendered_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, tools: str | None = None
+) -> list[int]:
+    """A whole chat, as the template renders it.
+
+    Raises:
+        CheckpointError, OptionError: the tokenizer has no chat template, or it does not take the messages.
+    """
+    return _rendered(tokenizer, messages, folder, prompt=False, tools=tools)
+
+
+def without_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the beginning-of-text token that it spells out, where the tokenizer adds one by itself."""
+    bos = tokenizer.bos_token
+    if not isinstance(bos, str) or not text.startswith(bos):
+        return text
+    added = encode(tokenizer, "a")[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if added else text
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends an answer, if that is a special one; None where there is no template."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template that takes no such chat has no end to look for
+        return None
+    tail = encode(tokenizer, text.rpartition(MARK)[2], special=False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return tail[0] if tail and tail[0] in special else None
 
 
 def _open(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -97,7 +138,9 @@ def _ended(text: str, end: str) -> str:
     return text if text.endswith(end) else text + end
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, prompt: bool) -> list[int]:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, prompt: bool, tools: str | None = None
+) -> list[int]:
     if tokenizer.chat_template is None:
         raise CheckpointError(
             f"{folder}: the data is chat messages, and the tokenizer has no chat template. Add chat_template.jinja, or give "
@@ -105,7 +148,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], folde
         )
     try:
         found: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=prompt
+            messages,
+            tools=json.loads(tools) if tools else None,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=prompt,
         )
     except Exception as error:
         first = messages[0]["content"][:40]

@@ -1,19 +1,23 @@
 """Records -> rows of prompt and completion, text, or prompt, chosen and rejected: the columns that TRL's trainers take.
 
     messages                          chat; each answer of the assistant is a row, with all before it as its prompt
+    conversations                     the same as ShareGPT has it: from and value, or role and content
     prompt, completion                strings, put together as they are, or lists of chat messages
-    instruction, (input,) output      the prompt of Stanford Alpaca
+    instruction, (input,) output      the prompt of Stanford Alpaca; with system and history, the earlier turns before it
     question, answer                  "Question: …\\nAnswer:" and " …"
     text                              trained on as a whole
     prompt, chosen, rejected          preferences (--task dpo); prompt may be part of chosen and rejected where these are chats
 
-The first record decides which of them a file is, and every other must have its fields.
+A chat may have `tools`, and its messages reasoning_content, tool_calls and what else the chat template knows; a message with
+`train` false or `weight` 0 is given, not learnt. The first record decides which kind a file is, and every other must have its
+fields. Fields that are not used are counted.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.data.records import records
@@ -29,14 +33,29 @@ ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
     "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-MESSAGES = "chat messages"
+MESSAGES, SHAREGPT, INSTRUCTION = "chat messages", "ShareGPT", "instruction"
 FIELDS = {
     MESSAGES: ("messages",),
+    SHAREGPT: ("conversations",),
     "prompt–completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
+    INSTRUCTION: ("instruction", "output"),
     "question–answer": ("question", "answer"),
     "plain text": ("text",),
 }
+# Fields beside those that decide, which are used where a record has them.
+MORE = {MESSAGES: ("tools",), SHAREGPT: ("tools", "system"), INSTRUCTION: ("input", "system", "history")}
+# What ShareGPT and its like call the speakers -> the role.
+ROLES = {
+    **dict.fromkeys(("human", "user", "question", "input"), "user"),
+    **dict.fromkeys(
+        ("gpt", "chatgpt", "assistant", "bot", "bing", "bard", "model", "answer", "output", "function_call"),
+        "assistant",
+    ),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+}
+# What a message may have beside its role and content that a chat template looks at.
+PARTS = ("reasoning_content", "thinking", "reasoning", "tool_calls", "tool_call_id", "name")
 PREFERENCES = {"preferences": ("prompt", "chosen", "rejected"), "chat preferences": ("chosen", "rejected")}
 
 
@@ -48,6 +67,7 @@ class Data:
         kind: the format, for people.
         fields: that it was read from.
         rows: in TRL's columns; more than `records` where chats have several answers.
+        unused: how many records have each field that is not used; of messages, "messages: weight".
     """
 
     name: str
@@ -55,6 +75,7 @@ class Data:
     fields: tuple[str, ...]
     rows: list[Row]
     records: int
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def chat(self) -> bool:
@@ -64,7 +85,10 @@ class Data:
     def sentence(self) -> str:
         """What was found, in a line."""
         answers = f", {len(self.rows):,} answers" if len(self.rows) != self.records else ""
-        return f"{self.name}: {self.records:,} records{answers}, {self.kind} ({', '.join(self.fields)})."
+        left = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
+        return f"{self.name}: {self.records:,} records{answers}, {self.kind} ({', '.join(self.fields)})." + (
+            f" Not used: {left}." if left else ""
+        )
 
 
 def read(name: str, *, task: str = "sft", prompt: str | None = None, completion: str | None = None) -> Data:
@@ -80,6 +104,7 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
     """
     rows: list[Row] = []
     kind, fields, count = "", tuple[str, ...](), 0
+    unused, more = dict[str, int](), dict[str, None]()
     for where, record in records(name):
         if not isinstance(record, Mapping):
             raise OptionError(
@@ -87,17 +112,24 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
             )
         if not count:
             kind, fields = _kind(where, record, task, prompt, completion)
-        for field in fields:
-            if record.get(field) is None:
+        for wanted in fields:
+            if record.get(wanted) is None:
                 raise OptionError(
-                    f"{where}: has no field {field} (fields found: {_found(record)}). Correct or remove the record, or name "
+                    f"{where}: has no field {wanted} (fields found: {_found(record)}). Correct or remove the record, or name "
                     "the fields with `prompt_field` and `completion_field`."
                 )
         rows += _rows(where, record, kind, fields)
+        more |= {name: None for name in MORE.get(kind, ()) if record.get(name)}
+        for name in _unused(record, kind, fields):
+            unused[name] = unused.get(name, 0) + 1
         count += 1
     if not count:
         raise OptionError(f"{name}: holds no record. Check the file.")
-    return Data(name, kind, fields, rows, count)
+    if not rows:
+        raise OptionError(
+            f"{name}: every answer is marked as not to be learnt. Check weight and train of its messages."
+        )
+    return Data(name, kind, (*fields, *more), rows, count, unused)
 
 
 def _kind(
@@ -120,8 +152,9 @@ def _kind(
 
 def _rows(where: str, record: Mapping[str, Any], kind: str, fields: tuple[str, ...]) -> list[Row]:
     values = [record[field] for field in fields]
-    if kind == MESSAGES:
-        return _answers(where, values[0])
+    if kind in (MESSAGES, SHAREGPT):
+        turns = _sharegpt(where, record, values[0]) if kind == SHAREGPT else values[0]
+        return _answers(where, fields[0], turns, record.get("tools"))
     if kind in PREFERENCES or kind == "prompt–completion":
         columns = fields if kind in PREFERENCES else ("prompt", "completion")
         chat = isinstance(values[0], list)
@@ -136,17 +169,52 @@ def _rows(where: str, record: Mapping[str, Any], kind: str, fields: tuple[str, .
         return [{"prompt": f"Question: {texts[0]}\nAnswer:", "completion": f" {texts[1]}"}]
     context = _text(where, "input", record.get("input") or "")
     template = ALPACA_INPUT if context else ALPACA
-    return [{"prompt": template.format(instruction=texts[0], input=context), "completion": texts[1]}]
+    preamble, turn, form = template.partition("### ")
+    asked = (turn + form).format(instruction=texts[0], input=context)
+    return [{"prompt": _before(where, record, preamble) + asked, "completion": texts[1]}]
 
 
-def _answers(where: str, value: Any) -> list[Row]:
-    turns = _messages(where, "messages", value)
+def _before(where: str, record: Mapping[str, Any], preamble: str) -> str:
+    """What stands before an instruction: the system prompt in place of Alpaca's own, and the earlier turns."""
+    system, history = _text(where, "system", record.get("system") or ""), record.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
+    if not pairs:
+        raise OptionError(
+            f"{where}: field history is no list of pairs of a question and its answer. Correct the record."
+        )
+    turns = [[_text(where, "history", part) for part in turn] for turn in history]
+    earlier = "".join(f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in turns)
+    return (f"{system}\n\n" if system else preamble) + earlier
+
+
+def _sharegpt(where: str, record: Mapping[str, Any], value: Any) -> Any:
+    """The messages of a ShareGPT conversation, with the record's system prompt first."""
+    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
+        raise OptionError(f"{where}: field conversations is no list of messages. Correct or remove the record.")
+    turns = []
+    for turn in value:
+        speaker = turn.get("from", turn.get("role"))
+        if speaker not in ROLES:
+            raise OptionError(
+                f"{where}: conversations has a message from {speaker!r}; known are {', '.join(ROLES)}. Rename it."
+            )
+        rest = {name: part for name, part in turn.items() if name not in ("from", "value", "role")}
+        turns.append({**rest, "role": ROLES[speaker], "content": turn.get("value", turn.get("content"))})
+    if record.get("system"):
+        turns.insert(0, {"role": "system", "content": record["system"]})
+    return turns
+
+
+def _answers(where: str, name: str, value: Any, tools: Any) -> list[Row]:
+    turns = _messages(where, name, value)
+    shared = {"tools": tools if isinstance(tools, str) else json.dumps(tools)} if tools else {}
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and index]
     rows = [
-        {"prompt": turns[:index], "completion": [turn]}
-        for index, turn in enumerate(turns)
-        if turn["role"] == "assistant" and index
+        {"prompt": turns[:index], "completion": [turns[index]], **shared}
+        for index in answers
+        if _is_learnt(value[index])
     ]
-    if not rows:
+    if not answers:
         raise OptionError(f"{where}: no message of role assistant follows another one. Correct or remove the record.")
     return rows
 
@@ -159,16 +227,58 @@ def _text(where: str, field: str, value: Any) -> str:
     return value
 
 
-def _messages(where: str, field: str, value: Any) -> list[dict[str, str]]:
-    whole = isinstance(value, list) and all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    )
-    if not whole or not value:
+def _is_learnt(turn: Mapping[str, Any]) -> bool:
+    """Whether an answer is to be learnt: not where it has a weight of 0, or train or learn that is false."""
+    return not any(turn.get(name) in (0, False) and turn.get(name) is not None for name in ("weight", "train", "learn"))
+
+
+def _messages(where: str, field: str, value: Any) -> list[dict[str, Any]]:
+    """Messages with what a chat template looks at."""
+    turns = value if isinstance(value, list) else []
+    found: list[dict[str, Any]] = []
+    for turn in turns:
+        content = _content(turn.get("content")) if isinstance(turn, Mapping) else None
+        if content is None and isinstance(turn, Mapping) and turn.get("tool_calls"):
+            content = ""
+        if content is None or not isinstance(turn.get("role"), str):
+            found = []
+            break
+        parts = {name: turn[name] for name in PARTS if turn.get(name) not in (None, "", [])}
+        found.append({"role": turn["role"], "content": content, **parts})
+    if not found:
         raise OptionError(
             f"{where}: field {field} is no list of messages with a role and a content of text. Correct or remove the record."
         )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    return found
+
+
+def _content(value: Any) -> str | None:
+    """The text of a message; of one in parts, those of text, if it has no others."""
+    if isinstance(value, list) and value:
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in value
+        ]
+        return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
+    return value if isinstance(value, str) else None
+
+
+def _unused(record: Mapping[str, Any], kind: str, fields: tuple[str, ...]) -> list[str]:
+    """The fields of a record that nothing is made of, and those of its messages."""
+    known = {*fields, *MORE.get(kind, ())}
+    found = [name for name, value in record.items() if name not in known and value not in (None, "", [])]
+    for name in fields:
+        value = record.get(name)
+        turns = value if isinstance(value, list) else []
+        inner = {
+            key
+            for turn in turns
+            if isinstance(turn, Mapping)
+            for key, held in turn.items()
+            if held not in (None, "", [])
+        }
+        used = {"role", "content", "from", "value", "weight", "train", "learn", *PARTS}
+        found += [f"{name}: {key}" for key in sorted(inner - used)]
+    return found
 
 
 def _found(record: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ class Scoring:
         prompt_field, completion_field: of records with other names for them.
         seq_len: tokens of a window of text.
         max_new_tokens: of a generated answer.
+        keep_reasoning: a generated answer is compared with what the model thought before it.
         batch_size: sequences in one forward pass.
         dtype, device: to compute in and on; see `surgery.model.language_model.LanguageModel`.
         cache: a folder to keep scores in.
@@ -56,6 +57,11 @@ class Scoring:
     completion_field: str | None = option(None, help="Field that holds the answer.", shown="by the names", panel=SCORES)
     seq_len: int = option(512, help="Tokens in a window of plain text.", panel=SCORES)
     max_new_tokens: int = option(256, help="Tokens of a generated answer.", panel=SCORES)
+    keep_reasoning: bool = option(
+        False,
+        help="Compare a generated answer with its <think>…</think> before it, which is else taken off.",
+        panel=SCORES,
+    )
     batch_size: int = option(8, help="Sequences in one forward pass.", panel=WORK)
     dtype: str = option(
         "auto",
@@ -80,7 +86,7 @@ class Scoring:
             apart(Path(self.cache), found, "cache", replaced=False)
         return found
 
-    def measures(self) -> tuple[list[Measure], list[Measure]]:
+    def measures(self, *, general: bool = True) -> tuple[list[Measure], list[Measure]]:
         """The measures of the task and of general ability, checked before any work.
 
         Raises:
@@ -89,7 +95,7 @@ class Scoring:
         from surgery.evaluation.measures import find_measures
 
         for name, specs in (("task", self.task), ("general", self.general)):
-            if not specs:
+            if not specs and (general or name == "task"):
                 raise OptionError(f"`{name}` is missing. Give a file, or a task of lm-evaluation-harness.")
         options: dict[str, Any] = {
             "limit": self.limit,
@@ -97,6 +103,7 @@ class Scoring:
             "max_new_tokens": self.max_new_tokens,
             "prompt_field": self.prompt_field,
             "completion_field": self.completion_field,
+            "keep_reasoning": self.keep_reasoning,
         }
         task = find_measures(self.task, metric=self.metric, **options)
         return task, find_measures(self.general, taken=[measure.name for measure in task], **options)

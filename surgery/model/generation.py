@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from surgery.data.encode import end_of_turn
 from surgery.errors import CheckpointError, OptionError, reason
 from surgery.model.language_model import Advance, LanguageModel
 from surgery.model.likelihood import check_ids
@@ -171,5 +172,9 @@ def _ends(model: LanguageModel) -> list[int]:
                 f"{path}: transformers cannot read it ({reason(error)}). Correct it, or take it from the base model."
             ) from error
     found = config.eos_token_id
-    ends = [*(found if isinstance(found, list) else [found]), model.tokenizer.eos_token_id]
+    ends = [
+        *(found if isinstance(found, list) else [found]),
+        model.tokenizer.eos_token_id,
+        end_of_turn(model.tokenizer),
+    ]
     return sorted({end for end in ends if isinstance(end, int)})

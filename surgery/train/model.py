@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 from surgery.checkpoint.companions import companions
-from surgery.checkpoint.container import MAX_SHARD_SIZE
+from surgery.checkpoint.container import MAX_SHARD_SIZE, split
 from surgery.checkpoint.dtypes import torch_type
 from surgery.checkpoint.formats import FORMATS
+from surgery.checkpoint.formats.safetensors import INDEX
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
+from surgery.checkpoint.tensor import Tensor, read_bytes
 from surgery.errors import CheckpointError, out_of_memory, reason
+from surgery.layout import align, place, tower
 from surgery.model import pretrained
 from surgery.model.weights import main_dtype
 
@@ -117,18 +122,22 @@ def cast(model: PreTrainedModel, dtypes: Callable[[str], torch.dtype]) -> None:
         parameter.data = parameter.data.to(dtypes(name))
 
 
-def save_model(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
+def save_model(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> list[str]:
     """Write a complete checkpoint: the model's weights, and every other file as the start model has it.
 
     Args:
         model: trained, its weights in the types to write.
         checkpoint: the start model.
         dtype: what all of them have, for config.json; None for that of the start model.
+
+    Returns:
+        The tensors that were not trained, since only the start model around the trained one has them: they are carried over.
     """
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    _save_weights(model, folder)
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("model"):
             path.unlink()
+    carried = complete(checkpoint, folder)
     copy_companions(checkpoint, folder)
     for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
         shutil.copymode(folder / CONFIG, path)
@@ -136,6 +145,19 @@ def save_model(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, dty
         config: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
         config.pop("torch_dtype", None)
         (folder / CONFIG).write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+    return carried
+
+
+def _save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write the weights. The start model's own generation_config.json is copied, which transformers may refuse to save."""
+    from transformers import GenerationConfig
+
+    plain: Any = GenerationConfig
+    own, model.generation_config = model.generation_config, plain()
+    try:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    finally:
+        model.generation_config = own
 
 
 def save_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
@@ -152,3 +174,68 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def complete(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Put what was trained back into the model that it is a part of: a text model into its multimodal one, say.
+
+    Args:
+        checkpoint: the start model.
+        folder: the trained weights, which get the names and the files of the start model where that has more.
+
+    Returns:
+        The names of the tensors that were carried over; none where the start model has no more than was trained.
+    """
+    trained = open_checkpoint(resolve(str(folder), companions=False))
+    names, _ = align(trained.tensors, checkpoint.tensors)  # in the start model -> as trained
+    lacking = [name for name in checkpoint.tensors if name not in names and not place(name).buffer]
+    lacking = [name for name in lacking if tower(name)]
+    if not lacking:
+        return []
+    container = checkpoint.container or split(checkpoint.tensors, MAX_SHARD_SIZE)
+    whole = folder / "whole"
+    whole.mkdir()
+    for file, shard in container.shards.items():
+        held = {
+            name: _loaded(trained.tensors[names[name]] if name in names else checkpoint.tensors[name])
+            for name in shard.names
+        }
+        save_file(held, whole / file, shard.metadata)
+    for path in trained.files.values():
+        path.unlink()
+    (folder / INDEX).unlink(missing_ok=True)
+    if container.index is not None:
+        weight_map = {name: file for file, shard in container.shards.items() for name in shard.names}
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": container.index, "weight_map": weight_map}, indent=2) + "\n"
+        )
+    for path in whole.iterdir():
+        path.rename(folder / path.name)
+    whole.rmdir()
+    return lacking
+
+
+def _loaded(tensor: Tensor) -> torch.Tensor:
+    """A tensor in memory."""
+    raw = bytearray(read_bytes(tensor))
+    return (
+        torch.frombuffer(raw, dtype=torch_type(tensor.dtype)).reshape(tensor.shape)
+        if raw
+        else torch.empty(tensor.shape, dtype=torch_type(tensor.dtype))
+    )
+
+
+def check_can_be_saved(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Save what is small of a model before it is trained, so that a fault shows at once.
+
+    Raises:
+        CheckpointError: transformers refuses to write its configuration.
+    """
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        try:
+            model.config.save_pretrained(folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint.folder / CONFIG}: transformers cannot write it again ({reason(error)}), so the trained model could "
+                "not be saved. Correct it."
+            ) from error

@@ -15,7 +15,8 @@ from surgery.checkpoint.output import check_output
 from surgery.data.records import local
 from surgery.data.rows import Data, Row, read
 from surgery.errors import OptionError, SurgeryError, out_of_memory
-from surgery.train.data import hold_out, replayed
+from surgery.layout import tower
+from surgery.train.data import begun_once, hold_out, parted_prompts, replayed
 from surgery.train.processes import find
 from surgery.train.settings import Settings
 from surgery.train.work import STATE, Work
@@ -135,10 +136,11 @@ class _Run:
         from surgery.model.pretrained import max_positions
         from surgery.train import report
         from surgery.train.anchor import Anchor
-        from surgery.train.model import load_model
+        from surgery.train.model import check_can_be_saved, load_model
 
         begun = time.perf_counter()
         model = load_model(self.checkpoint, self.settings.dtype)
+        check_can_be_saved(model, self.checkpoint)
         most = max_positions(model.config)
         if most is not None and most < self.settings.seq_len:
             self.settings = replace(self.settings, seq_len=most)
@@ -180,13 +182,18 @@ class _Run:
         settings, begun = self.settings, time.perf_counter()
         seed = settings.seed + number - 1
         rows = _mixed(round.rows, self.old, settings, seed)
+        rows, said = begun_once(self.tokenizer, rows)
+        held_out, _ = begun_once(self.tokenizer, round.held_out)
+        for sentence in (said, parted_prompts(self.tokenizer, rows, self.checkpoint.folder)):
+            if sentence:
+                self.observer.say(sentence)
         frozen = self._freeze(model, seed)
         trainer = build(
             settings,
             model,
             self.tokenizer,
             rows,
-            round.held_out,
+            held_out,
             reference=reference,
             anchor=anchor,
             folder=self.work.round(number),
@@ -200,6 +207,11 @@ class _Run:
                 f"Warning: {round.data.name}: {cut + dropped:,} of {len(rows):,} rows are longer than {settings.seq_len:,} tokens"
                 f": {cut:,} cut, {dropped:,} left out since nothing to learn was left."
             )
+        if trainer.alike:
+            self.observer.say(
+                f"Warning: {round.data.name}: {trainer.alike:,} of {len(rows):,} pairs are the same after the cut to "
+                f"{settings.seq_len:,} tokens, and teach nothing: left out."
+            )
         trainer.args.distributed_state.wait_for_everyone()  # until the first process has made the folder
         self._learn(number, trainer)
         round.report |= {
@@ -211,6 +223,8 @@ class _Run:
             "held_out": len(round.held_out),
             "cut": cut,
             "dropped": dropped,
+            "alike": trainer.alike,
+            "not_used": dict(round.data.unused),
             "seed": seed,
             "frozen": frozen,
             "steps": [
@@ -279,7 +293,12 @@ class _Run:
         folder = self.work.result if last else self.work.result / f"round-{number}"
         cast(model, stored_types(self.checkpoint, self.settings.save_dtype))
         if self.work.leader:
-            save_model(model, self.checkpoint, folder, self.settings.save_dtype)
+            carried = save_model(model, self.checkpoint, folder, self.settings.save_dtype)
+            if carried and last:
+                parts = ", ".join(dict.fromkeys(map(tower, carried)))
+                self.observer.say(
+                    f"{len(carried):,} tensors were not trained and are the start model's ({parts}): the text model is trained."
+                )
         if not last:  # the next round goes on from what was written
             cast(model, lambda _: getattr(torch, self.settings.dtype))
         gc.collect()  # the trainer's circles of references hold optimizer state

@@ -34,10 +34,11 @@ class _Glue:
 
     Attributes:
         cut: of each data set, rows longer than the limit: (truncated, dropped since nothing to learn was left).
+        alike: pairs of which both answers are the same after the cut; they are left out.
     """
 
     def __init__(self, *args: Any, anchor: Anchor | None, **kwargs: Any) -> None:
-        self.anchor, self.cut = anchor, dict[str, tuple[int, int]]()
+        self.anchor, self.cut, self.alike = anchor, dict[str, tuple[int, int]](), 0
         super().__init__(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
@@ -85,7 +86,19 @@ class Dpo(_Glue, DPOTrainer):  # type: ignore[misc]
         )
         self.cut[name] = (long, len(whole) - len(done))
         _check_left(done, args)
-        return done
+        apart = done.filter(lambda row: _cut(row, "chosen_ids", limit) != _cut(row, "rejected_ids", limit))
+        self.alike += len(done) - len(apart)
+        if not len(apart):
+            raise OptionError(
+                f"The two answers of every pair are the same in the first {limit} tokens, so there is nothing to learn. Raise "
+                "`seq_len`, or correct the data."
+            )
+        return apart
+
+
+def _cut(row: Any, answer: str, limit: int) -> list[int]:
+    """An answer as far as it fits behind its prompt."""
+    return list(row[answer][: limit - len(row["prompt_ids"])])
 
 
 class Watch(TrainerCallback):

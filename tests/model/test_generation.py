@@ -93,7 +93,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_counted(tmp_path: Path) -> None:
 
 def test_what_cannot_be_generated_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = make_lm(tmp_path / "a", "gpt2")
-    with pytest.raises(OptionError, match=f"--max-new-tokens {LENGTH}"):
+    with pytest.raises(OptionError, match=f"`max_new_tokens` {LENGTH}"):
         generate(open_lm(folder), [[5]], LENGTH, None, ignore)
     (folder / "generation_config.json").write_text("[1")
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):

@@ -105,7 +105,7 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path: Path, family: str
         open_lm(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("options", "said"), [({"dtype": "int8"}, "--dtype"), ({"batch": 0}, "--batch-size")])
+@pytest.mark.parametrize(("options", "said"), [({"dtype": "int8"}, "`dtype`"), ({"batch": 0}, "`batch_size`")])
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     folder = make_lm(tmp_path / "a")
     with pytest.raises(OptionError, match=said):

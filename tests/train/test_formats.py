@@ -54,7 +54,7 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[tuple[list[int], list[int]]]]
     ),
     "instruction with input": (
         {"instruction": "w1 {w2}", "input": "w4", "output": "w3"},
-        "instruction (instruction, output)",
+        "instruction (instruction, output, input)",
         [(ids(ALPACA_INPUT.format(instruction="w1 {w2}", input="w4")), [*ids("w3"), END])],
     ),
     "text": ({"text": "w1 w2 w3"}, "plain text (text)", [([], [*ids("w1 w2 w3"), END])]),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -565,9 +567,9 @@ def test_an_output_is_not_overwritten_and_a_model_that_cannot_be_trained_is_refu
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert surgery_train(model, data, model) == 1
-    assert "the output is inside the input" in capsys.readouterr().err
+    assert "is inside the input" in capsys.readouterr().err
     assert surgery_train(model, data, data.parent) == 1
-    assert "the output contains the input" in capsys.readouterr().err
+    assert "contains the input" in capsys.readouterr().err
     assert surgery_train(tmp_path, data, tmp_path / "out") == 1
     broken = make_model(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
@@ -586,7 +588,7 @@ def test_a_template_that_refuses_the_messages_is_one_sentence(
     strict = make_model(tmp_path / "model", template="{{ raise_exception('Roles must alternate') }}")
     turns = [{"role": role, "content": "w1"} for role in ("user", "assistant")]
     assert surgery_train(strict, write(tmp_path / "a.jsonl", [{"messages": turns}]), tmp_path / "out") == 1
-    assert "error: The chat template cannot render the data (Roles must alternate)." in capsys.readouterr().err
+    assert "cannot render the messages that begin with" in capsys.readouterr().err
 
 
 def test_rows_are_cut_to_what_the_model_takes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -616,3 +618,54 @@ def test_nothing_goes_out_to_the_network(
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", refuse)
     assert surgery_train(model, data, tmp_path / "out", "--save-every", "1") == 0
     assert tried == []
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_travels(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """temperature without do_sample, as Llama 2 had it."""
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}))
+    assert (
+        main(["train", "--model", str(base), "--data", str(data), "--max-steps", "1", "--out", str(tmp_path / "out")])
+        == 0
+    )
+    assert (tmp_path / "out/generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+
+
+def test_the_text_part_of_a_multimodal_model_is_trained_and_the_whole_is_written(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    auto: Any = AutoModelForImageTextToText
+    base = tmp_path / "base"
+    auto.from_config(config).save_pretrained(base)
+    before = load_file(base / "model.safetensors")
+    before["mtp.layers.0.mlp.up_proj.weight"] = torch.ones(4, 4)
+    save_file(before, base / "model.safetensors", {"format": "pt"})
+    for path in model.glob("tokenizer*"):
+        shutil.copy(path, base)
+    words = ["--max-steps", "1", "--batch-size", "4", "--lr", "0.01", "--warmup", "0", "--seq-len", "32"]
+    assert main(["train", "--model", str(base), "--data", str(data), *words, "--out", str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert after.keys() == before.keys()
+    apart = [name for name in before if "vision" in name or "projector" in name or "mtp" in name]
+    assert all(torch.equal(after[name], before[name]) for name in apart)
+    assert any(
+        not torch.equal(after[name], before[name]) for name in before if "self_attn" in name and "vision" not in name
+    )
+    assert "were not trained" in said
+    assert "mtp" in said
+    _, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]

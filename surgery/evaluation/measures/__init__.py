@@ -55,6 +55,7 @@ class Options:
     max_new_tokens: int
     prompt_field: str | None
     completion_field: str | None
+    keep_reasoning: bool
 
 
 def find_measures(
@@ -66,6 +67,7 @@ def find_measures(
     max_new_tokens: int = 256,
     prompt_field: str | None = None,
     completion_field: str | None = None,
+    keep_reasoning: bool = False,
     taken: Collection[str] = (),
 ) -> list[Measure]:
     """The measures that a user names, in that order.
@@ -78,13 +80,14 @@ def find_measures(
         seq_len: tokens in a window of text.
         max_new_tokens: of a generated answer.
         prompt_field, completion_field: fields of a record that hold the question and its answer; the latter alone is plain text.
+        keep_reasoning: generated answers are compared with what the model thought before them.
         taken: names that other measures have.
 
     Raises:
         OptionError: a file cannot be read or used, or an option is wrong.
     """
     _check(metric, limit, seq_len, max_new_tokens)
-    options = Options(metric, limit, seq_len, max_new_tokens, prompt_field, completion_field)
+    options = Options(metric, limit, seq_len, max_new_tokens, prompt_field, completion_field, keep_reasoning)
     sources = [source for spec in specs for source in _sources(spec)]
     if specs and not sources:
         raise OptionError(f"{specs[0]!r} names no file and no task. Give a file, or a task of lm-evaluation-harness.")
@@ -204,7 +207,7 @@ def _measure(source: Source, name: str, options: Options) -> Measure:
         raise OptionError(f"{file}: {metric} needs questions and answers, and this is plain text. Choose perplexity.")
     questions = [_reference(file, number, row, metric) for number, row in enumerate(rows[:limit], 1)]
     stop = NEXT_QUESTION if data.kind == "question–answer" else None
-    return Generated(name, questions, metric, options.max_new_tokens, stop)
+    return Generated(name, questions, metric, options.max_new_tokens, stop, options.keep_reasoning)
 
 
 def _items(file: str, limit: int | None, make: Callable[[str, Mapping[str, Any]], Any]) -> list[Any]:

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 # What a model writes that goes on with questions of its own.
 NEXT_QUESTION = "\nQuestion:"
+# Between these a model thinks before it answers.
+REASONING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+)
 
 
 @dataclass(eq=False)
@@ -27,6 +34,7 @@ class Generated:
         metric: of `surgery.evaluation.measures.matching.METRICS`.
         max_new_tokens: of an answer.
         stop: an answer ends before this text.
+        keep_reasoning: compare an answer with what the model thought before it.
     """
 
     name: str
@@ -34,6 +42,7 @@ class Generated:
     metric: str
     max_new_tokens: int = 256
     stop: str | None = None
+    keep_reasoning: bool = False
     kind: Kind = field(default="share", init=False)
     settings: dict[str, Any] = field(init=False)
 
@@ -44,6 +53,7 @@ class Generated:
             "metric": self.metric,
             "max_new_tokens": self.max_new_tokens,
             "stop": self.stop,
+            **({"keep_reasoning": True} if self.keep_reasoning else {}),
         }
 
     def score(self, model: LanguageModel, advance: Advance) -> Scores:
@@ -57,9 +67,23 @@ class Generated:
         answers, cut = generate(model, prompts, self.max_new_tokens, self.stop, advance)
         items: list[dict[str, Any]] = []
         values = []
+        extra: dict[str, float] = {"contexts_cut": cut} if cut else {}
         for (prompt, reference), answer in zip(self.questions, answers, strict=True):
             items.append({"prompt": prompt, "reference": reference, "generated": answer})
-            values.append(METRICS[self.metric](answer, reference))
-        return Scores(
-            self.kind, np.array(values, np.float64), np.ones(len(items)), items, {"contexts_cut": cut} if cut else {}
-        )
+            said = answer if self.keep_reasoning else without_reasoning(answer, reference)
+            if said != answer:
+                extra["reasoning_removed"] = extra.get("reasoning_removed", 0) + 1
+            values.append(METRICS[self.metric](said, reference))
+        return Scores(self.kind, np.array(values, np.float64), np.ones(len(items)), items, extra)
+
+
+def without_reasoning(answer: str, reference: str) -> str:
+    """An answer without the reasoning before it, unless the reference has reasoning too; empty where it never ended."""
+    for begin, end in REASONING:
+        if begin in reference or end in reference:
+            return answer
+        if end in answer:
+            return answer.rpartition(end)[2].strip()
+        if answer.lstrip().startswith(begin):
+            return ""
+    return answer

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surgery.evaluation.measures.generated import without_reasoning
 from surgery.evaluation.measures.matching import METRICS, final_number, rouge_l, words
 
 NUMBERS = {
@@ -109,3 +110,19 @@ def test_rouge_l_of_lins_own_example() -> None:
     # Lin 2004, §3.1: S1 "police killed the gunman", S2 "police kill the gunman", S3 "the gunman kill police"
     assert rouge_l("police kill the gunman", "police killed the gunman") == 0.75
     assert rouge_l("the gunman kill police", "police killed the gunman") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "said"),
+    [
+        ("<think>hm</think>\nred", "red", "red"),
+        ("<think>a</think><think>b</think> red", "red", "red"),
+        ("no tag\n</think>\nred", "red", "red"),  # the template opened it
+        ("<thinking>hm</thinking>red", "red", "red"),
+        ("<think>cut off", "red", ""),
+        ("<think>hm</think>\nred", "<think>hm</think>\nred", "<think>hm</think>\nred"),
+        ("red", "red", "red"),
+    ],
+)
+def test_reasoning_is_taken_off_unless_the_reference_has_it(answer: str, reference: str, said: str) -> None:
+    assert without_reasoning(answer, reference) == said

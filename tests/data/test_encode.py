@@ -1,0 +1,46 @@
+"""Where texts begin and turns end, by real tokenizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from helpers.tiny_lm import make_tokenizer
+from tokenizers import processors
+
+from surgery.data.encode import end_of_turn, without_beginning
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml() -> Any:
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_a_turn_ends_with_the_templates_token_and_not_with_eos() -> None:
+    tokenizer = chatml()
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
+
+
+def test_a_template_without_such_a_token_has_none() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn(tokenizer) is None
+    tokenizer.chat_template = None
+    assert end_of_turn(tokenizer) is None
+
+
+def test_a_beginning_that_the_tokenizer_adds_is_taken_off() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    assert without_beginning(tokenizer, "<s>one") == "<s>one"  # it adds none
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert without_beginning(tokenizer, "<s>one") == "one"
+    assert without_beginning(tokenizer, "one") == "one"
+    assert tokenizer(without_beginning(tokenizer, "<s>one")).input_ids == tokenizer("one").input_ids
