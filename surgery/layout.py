@@ -213,7 +213,66 @@ def shares_key_values(name: str) -> bool:
 @cache
 def _core(name: str) -> str:
     """A name without what differs between versions of transformers and between a text model and one around it."""
-    return _AROUND.sub("", unwrapped(name))
+    core = _AROUND.sub("", unwrapped(name)).replace(".block_sparse_moe.", ".mlp.")  # Mixtral, MiniMax, PhiMoE
+    return core.replace(".mlp.router.weight", ".mlp.gate.weight")  # PhiMoE
+
+
+@dataclass(frozen=True, slots=True)
+class Projections:
+    """The projections that one tensor holds, of the many that may be stored together or apart.
+
+    Attributes:
+        module: where they sit, the same however they are stored ("layers.0.mlp.experts").
+        roles: in the order of the tensor: ("gate", "up"), ("down",), ("q", "k", "v"), ….
+        kind: "weight" or "bias".
+        expert: the number of an expert that is stored by itself; None for a dense layer or stacked experts.
+        stacked: the outermost dimension counts experts.
+        mixed: q, k and v alternate by heads, as the model's configuration says.
+    """
+
+    module: str
+    roles: tuple[str, ...]
+    kind: str
+    expert: int | None = None
+    stacked: bool = False
+    mixed: bool = False
+
+
+_ROLES = {
+    "gate_up_proj": ("gate", "up"),
+    "gate_proj": ("gate",),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+    "w1": ("gate",),  # Mixtral, PhiMoE, LFM2
+    "w3": ("up",),
+    "w2": ("down",),
+    "qkv_proj": ("q", "k", "v"),  # Phi-3
+    "query_key_value": ("q", "k", "v"),  # GPT-NeoX, Bloom, Falcon
+    "q_proj": ("q",),
+    "k_proj": ("k",),
+    "v_proj": ("v",),
+}
+_OF_EXPERTS = re.compile(
+    r"^(?P<module>.+\.)(?:experts|switch_mlp)\.(?:(?P<expert>[0-9]{1,6})\.)?"  # MLX calls them switch_mlp
+    r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)s?(?:\.(?P<inner>[0-9]{1,6}))?(?:[._](?P<kind>weight|bias))?$"
+)
+_OF_LAYER = re.compile(
+    r"^(?P<module>.+)\.(?P<leaf>qkv_proj|query_key_value|[qkv]_proj|gate_up_proj|gate_proj|up_proj)\.(?P<kind>weight|bias)$"
+)
+
+
+def projections(name: str) -> Projections | None:
+    """The projections that a tensor holds, where there are models that store them in another grouping; else None."""
+    core = _core(name)
+    if found := _OF_EXPERTS.match(core):
+        number = found["expert"] or found["inner"]
+        expert = None if number is None else int(number)
+        module, kind = f"{found['module']}experts", found["kind"] or "weight"
+        return Projections(module, _ROLES[found["leaf"]], kind, expert, stacked=expert is None)
+    if found := _OF_LAYER.match(core):
+        mixed = found["leaf"] == "query_key_value"
+        return Projections(found["module"], _ROLES[found["leaf"]], found["kind"], mixed=mixed)
+    return None
 
 
 def align(pre: Collection[str], ft: Collection[str]) -> tuple[dict[str, str], str | None]:

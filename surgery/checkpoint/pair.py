@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from surgery.checkpoint.item import Item
-from surgery.checkpoint.readable import read_json
+from surgery.checkpoint.regroup import Regrouped, regroup
 from surgery.checkpoint.source import Checkpoint
 from surgery.checkpoint.tensor import Tensor
-from surgery.checkpoint.tied import CONFIG, parted, same_bytes, tied_names
+from surgery.checkpoint.tied import config_of, parted, same_bytes, tied_names
 from surgery.checkpoint.vocabulary import new_tokens
 from surgery.errors import CheckpointError, PairError
-from surgery.layout import align, place, shares_key_values, tower
+from surgery.layout import align, place, projections, shares_key_values, tower
 
 # What quantized weights are packed into. A mask or a counter, of another integer type, is copied.
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -64,13 +63,16 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     names, prefix_note = align(pre.tensors, ft.tensors)
     base = {name: pre.tensors[names[name]] for name in ft.tensors if name in names}
     notes = [*pre.notes, *ft.notes, *([prefix_note] if prefix_note else [])]
-    if not base:
+    if not base and not any(map(projections, ft.tensors)):
         raise PairError(
             f"{pre.folder} and {ft.folder} have no tensor name in common, such as {next(iter(ft.tensors))}: "
             "they are not the same model."
         )
     notes += _tie_head(pre, ft, base)
-    pre_only = _without(pre.tensors, {tensor.name for tensor in base.values()})
+    made = _regroup(pre, ft, base)
+    base |= made.base
+    notes += [made.note] if made.note else []
+    pre_only = _without(pre.tensors, {tensor.name for tensor in base.values()} | made.used)
     ft_only = _without(ft.tensors, base.keys())
     _refuse_fused(pre, ft, pre_only, ft_only)
     _refuse_incomplete(pre, ft, pre_only, base)
@@ -96,6 +98,33 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     if apart:
         notes.append("The head has numbers of its own, though config.json ties it: the output's config.json does not.")
     return Pair(pre, ft, items, notes, tied, apart)
+
+
+def _regroup(pre: Checkpoint, ft: Checkpoint, base: Mapping[str, Tensor]) -> Regrouped:
+    """Bases for tensors of ft that pre stores together or apart, or transposed."""
+    turned = {
+        name
+        for name, tensor in base.items()
+        if tensor.shape != ft.tensors[name].shape and projections(name) is not None
+    }
+    taken = {tensor.name for name, tensor in base.items() if name not in turned}
+    pre_only = [tensor for name, tensor in pre.tensors.items() if name not in taken]
+    ft_only = [tensor for name, tensor in ft.tensors.items() if name not in base or name in turned]
+    return regroup(pre_only, ft_only, config_of(pre.folder), config_of(ft.folder))
+
+
+def in_form(other: Checkpoint, first: Checkpoint) -> Checkpoint:
+    """A further fine-tuned model with its projections grouped as the first one's are.
+
+    Raises:
+        PairError: it lacks some of them.
+    """
+    names, _ = align(other.tensors, first.tensors)
+    made = _regroup(other, first, {name: other.tensors[names[name]] for name in names})
+    if not made.base:
+        return other
+    kept = {name: tensor for name, tensor in other.tensors.items() if name not in made.used}
+    return replace(other, tensors=kept | made.base)
 
 
 def likes(first: Pair, other: Pair, names: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -222,9 +251,29 @@ def _refuse_fused(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], ft_only:
         ]
         if others:
             raise PairError(
-                f"{ft.folder} has {name} where {pre.folder} has {', '.join(others[:3])}: fused against split projections, or "
-                "another model. Save both with the same version of transformers."
+                f"{ft.folder} has {name} {list(ft.tensors[name].shape)} where {pre.folder} has {_shown(others, pre)}: "
+                f"{_why_not(name, ft, others, pre)}"
             )
+
+
+def _shown(names: list[str], checkpoint: Checkpoint) -> str:
+    return ", ".join(f"{name} {list(checkpoint.tensors[name].shape)}" for name in names[:3])
+
+
+def _why_not(name: str, ft: Checkpoint, others: list[str], pre: Checkpoint) -> str:
+    """Why tensors of one layer that are called otherwise cannot be paired, and what to do."""
+    held = projections(name)
+    if held is None or not any(map(projections, others)):
+        load = f"M.from_pretrained('{pre.folder}', dtype='auto').save_pretrained('{pre.folder}-again')"
+        return (
+            "surgery does not know how the one is made of the others, or pre is another model. Have transformers write both sides "
+            f'alike: `python -c "from transformers import AutoModelForCausalLM as M; {load}"`, and the same for ft.'
+        )
+    folder = (ft if len(held.roles) > 1 else pre).folder
+    return (
+        "fused against split projections, and the sizes do not fit what config.json says of how they lie in the fused one (model_type, "
+        f"num_attention_heads, num_key_value_heads, head_dim). Put the config.json that the model was published with into {folder}."
+    )
 
 
 def _refuse_placeholders(ft: Checkpoint, pre: Checkpoint) -> None:
@@ -277,8 +326,7 @@ def _refuse_incomplete(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], bas
 
 def _first_sharing_layer(folder: Path) -> int | None:
     """The first of the last layers that take keys and values from earlier ones (Gemma 3n and 4), by config.json."""
-    path = folder / CONFIG
-    config: Any = read_json(path) if path.is_file() else {}
+    config = config_of(folder)
     for part in (config.get("text_config"), config):
         if isinstance(part, Mapping):
             shared, layers = part.get("num_kv_shared_layers"), part.get("num_hidden_layers")

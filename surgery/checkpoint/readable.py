@@ -32,6 +32,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     with readable(path):
         raw = path.read_bytes()
+    return parse_json(raw, path)
+
+
+def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object in the content of a file; raises CheckpointError, naming the file, where it is none."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):

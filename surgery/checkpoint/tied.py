@@ -84,9 +84,14 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _said(folder: Path) -> bool | None:
+def config_of(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json; nothing where there is none."""
     path = folder / CONFIG
-    return says_tied(read_json(path)) if path.is_file() else None
+    return read_json(path) if path.is_file() else {}
+
+
+def _said(folder: Path) -> bool | None:
+    return says_tied(config_of(folder))
 
 
 def _matrix(name: str, tensor: Tensor, category: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,8 +24,11 @@ from surgery.checkpoint.durable import explain
 from surgery.checkpoint.formats import FORMATS, safetensors
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.output import check_output
+from surgery.checkpoint.readable import parse_json
+from surgery.checkpoint.regroup import regroup
 from surgery.checkpoint.source import Checkpoint, open_checkpoint, weights_of
 from surgery.checkpoint.tensor import Computed, Sink, Span, Tensor, read_bytes
+from surgery.checkpoint.tied import CONFIG, config_of
 from surgery.editing.run import documents
 from surgery.engines.chunks import CHUNK
 from surgery.engines.stream import Tick, stream
@@ -169,7 +172,8 @@ def _make(piece: Piece, delta: Delta, base: Checkpoint, sink: Sink) -> None:
 
 
 def _pieces(delta: Delta, base: Checkpoint, *, check: bool) -> list[Piece]:
-    pieces = [_piece(line, delta, base) for line in delta.document["tensors"]]
+    bases = {**base.tensors, **_regrouped(delta, base)}
+    pieces = [_piece(line, delta, base, bases) for line in delta.document["tensors"]]
     if check:
         small = [piece for piece in pieces if piece.base is not None and piece.base.nbytes <= QUICK_BYTES]
         for piece in small[:QUICK_TENSORS]:
@@ -187,38 +191,59 @@ def _container(delta: Delta) -> Container:
 
 def _names(source: Any, delta: Delta) -> Checkpoint:
     """Return a checkpoint with the names and shapes of the original base, by which those in a GGUF file are found."""
-    tensors = {
-        line["base"]["name"]: Tensor(
-            line["base"]["name"], line["base"]["dtype"], tuple(line["base"]["shape"]), Span(delta.path, 0)
-        )
-        for line in delta.document["tensors"]
-        if line["base"]
-    }
+    tensors = {tensor.name: tensor for tensor in _bases(delta)}
     return Checkpoint(source, safetensors.NAME, tensors, {}, None)
 
 
-def _piece(line: dict[str, Any], delta: Delta, base: Checkpoint) -> Piece:
+def _regrouped(delta: Delta, base: Checkpoint) -> dict[str, Tensor]:
+    """The bases that ft has stacked or fused otherwise than the base, by the names in ft."""
+    wanted = _bases(delta)
+    fitting = {tensor.name for tensor in wanted if _fits(base.tensors.get(tensor.name), tensor)}
+    if len(fitting) == len(wanted):
+        return {}
+    stored = delta.parts.get(FILE + CONFIG)
+    config = config_of(base.folder)
+    tuned = config if stored is None else parse_json(read_bytes(stored), delta.path)
+    others = [tensor for name, tensor in base.tensors.items() if name not in fitting]
+    return regroup(others, [tensor for tensor in wanted if tensor.name not in fitting], config, tuned).base
+
+
+def _bases(delta: Delta) -> list[Tensor]:
+    """The tensors of the original base: names, types and shapes, without their numbers."""
+    return [
+        Tensor(line["base"]["name"], line["base"]["dtype"], tuple(line["base"]["shape"]), Span(delta.path, 0))
+        for line in delta.document["tensors"]
+        if line["base"]
+    ]
+
+
+def _fits(found: Tensor | None, wanted: Tensor) -> bool:
+    """Whether a tensor may be the base: it has as many rows at least, and all else is alike."""
+    return (
+        found is not None
+        and found.dtype == wanted.dtype
+        and found.shape[1:] == wanted.shape[1:]
+        and len(found.shape) == len(wanted.shape)
+        and not (wanted.shape and found.shape[0] < wanted.shape[0])
+    )
+
+
+def _piece(line: dict[str, Any], delta: Delta, base: Checkpoint, bases: Mapping[str, Tensor]) -> Piece:
     name, shape = line["name"], tuple(line["shape"])
     result = Tensor(name, line["dtype"], shape, Span(delta.path, 0))
     mask, kept, whole = (delta.parts.get(f"{name}:{kind}") for kind in ("mask", "kept", "whole"))
     recorded = line["base"]
     if recorded is None:
         return Piece(line, result, None, None, None, whole)
-    found = base.tensors.get(recorded["name"])
-    wanted = tuple(recorded["shape"])
-    if (
-        found is None
-        or found.dtype != recorded["dtype"]
-        or found.shape[1:] != wanted[1:]
-        or len(found.shape) != len(wanted)
-        or (wanted and found.shape[0] < wanted[0])
-    ):
+    found = bases.get(recorded["name"])
+    wanted = Tensor(recorded["name"], recorded["dtype"], tuple(recorded["shape"]), Span(delta.path, 0))
+    if found is None or not _fits(found, wanted):
         has = f"{found.dtype} {list(found.shape)}" if found else "none"
         raise PairError(
             f"{base.folder}: is not the base of {delta.path}, which needs {recorded['name']} as {recorded['dtype']} "
-            f"{list(wanted)} and finds {has}. Give {delta.metadata['base']}."
+            f"{list(wanted.shape)} and finds {has}. Give {delta.metadata['base']}."
         )
-    return Piece(line, result, found.rows(0, wanted[0]) if wanted else found, mask, kept, whole)
+    return Piece(line, result, found.rows(0, wanted.shape[0]) if wanted.shape else found, mask, kept, whole)
 
 
 def _quick_check(piece: Piece, delta: Delta, base: Checkpoint) -> None:

@@ -15,7 +15,7 @@ from surgery import native, provenance
 from surgery.checkpoint.companions import companions
 from surgery.checkpoint.container import MAX_SHARD_SIZE, Container, split
 from surgery.checkpoint.output import check_output
-from surgery.checkpoint.pair import Pair, likes, pair
+from surgery.checkpoint.pair import Pair, in_form, likes, pair
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import Checkpoint, open_both
 from surgery.checkpoint.tied import CONFIG, untied
@@ -145,7 +145,7 @@ def plan_pair(
     changed = _configured(copies, both)
     steps = [Step(item.ft, item.pre, item.place, action) for item, action in zip(both.items, actions, strict=True)]
     merged = {step.ft.name for step in steps if isinstance(step.action, Merge)}
-    further = [likes(both, pair(base, other, strict=strict), merged) for other in others]
+    further = [likes(both, pair(base, in_form(other, tuned), strict=strict), merged) for other in others]
     steps = [
         replace(step, others=tuple(found[step.ft.name] for found, _ in further)) if step.ft.name in merged else step
         for step in steps

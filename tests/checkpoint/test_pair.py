@@ -178,23 +178,23 @@ def test_strict_allows_what_matches(tmp_path: Path) -> None:
     assert pair(*opened, strict=True).notes == []
 
 
-FUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"),
-    "gate_up": (("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj"),
-}
-
-
-@pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("side", ["pre", "ft"])
-def test_fused_against_split_projections_are_refused(side: str, fused: str, tmp_path: Path) -> None:
-    parts, whole = FUSED[fused]
+def test_fused_projections_are_refused_where_the_config_does_not_say_how_they_lie(side: str, tmp_path: Path) -> None:
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     split = tiny_llama()
     joined = without(split, *(f"model.layers.{layer}.{part}.weight" for layer in range(2) for part in parts))
     for layer in range(2):
         pieces = [split[f"model.layers.{layer}.{part}.weight"] for part in parts]
-        joined[f"model.layers.{layer}.{whole}.weight"] = torch.cat(pieces)
-    with pytest.raises(PairError, match=f"{whole}.*fused against split|{parts[0]}.*fused against split"):
+        joined[f"model.layers.{layer}.self_attn.qkv_proj.weight"] = torch.cat(pieces)
+    with pytest.raises(PairError, match=r"fused against split.*num_key_value_heads.*Put the config\.json.*" + side):
         paired(tmp_path, *((joined, split) if side == "pre" else (split, joined)))
+
+
+def test_projections_in_a_form_that_is_not_known_are_refused_with_a_command(tmp_path: Path) -> None:
+    split = tiny_llama()
+    joined = {name.replace("mlp.gate_proj", "mlp.w12"): tensor for name, tensor in split.items()}
+    with pytest.raises(PairError, match=r"w12.*gate_proj.*does not know how.*save_pretrained"):
+        paired(tmp_path, split, joined)
 
 
 def test_a_model_with_fewer_layers_is_whole(tmp_path: Path) -> None:
