@@ -266,13 +266,14 @@ def _why_not(name: str, ft: Checkpoint, others: list[str], pre: Checkpoint) -> s
     if held is None or not any(map(projections, others)):
         load = f"M.from_pretrained('{pre.folder}', dtype='auto').save_pretrained('{pre.folder}-again')"
         return (
-            "surgery does not know how the one is made of the others, or pre is another model. Have transformers write both sides "
-            f'alike: `python -c "from transformers import AutoModelForCausalLM as M; {load}"`, and the same for ft.'
+            "surgery does not know how the one is made of the others, or pre is another model. Have transformers write both "
+            f'sides alike: `python -c "from transformers import AutoModelForCausalLM as M; {load}"`, and the same for ft.'
         )
     folder = (ft if len(held.roles) > 1 else pre).folder
     return (
-        "fused against split projections, and the sizes do not fit what config.json says of how they lie in the fused one (model_type, "
-        f"num_attention_heads, num_key_value_heads, head_dim). Put the config.json that the model was published with into {folder}."
+        "fused against split projections, and the sizes do not fit what config.json says of how they lie in the fused one "
+        "(model_type, num_attention_heads, num_key_value_heads, head_dim). Put the config.json that the model was published "
+        f"with into {folder}."
     )
 
 
