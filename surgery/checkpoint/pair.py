@@ -228,12 +228,19 @@ def _shared_rows(pre: Tensor, ft: Tensor, added: tuple[int, int] | None) -> tupl
             "model: check `pre`."
         )
     shared, more = min(pre.shape[0], ft.shape[0]), ft.shape[0] - pre.shape[0]
+    if added and added[0] < min(shared, added[1]):  # pre's last rows are padding, where ft may have tokens
+        shared, more = added[0], ft.shape[0] - added[0]
     fate = f"{more:,} more in ft: kept as they are" if more > 0 else f"{-more:,} more in pre: left out, as in ft"
     return pre.rows(0, shared), [f"{ft.name} has {shared:,} rows on both sides and {fate}."]
 
 
 def _refuse_fused(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], ft_only: list[str]) -> None:
     """Refuse a layer whose weights have other names on the two sides: qkv_proj against q_proj, k_proj and v_proj."""
+    # The prefix of the stack may differ: the layer and the category tell.
+    like: dict[tuple[int | None, str], list[str]] = {}
+    for other in pre_only:
+        if len(pre.tensors[other].shape) >= 2:
+            like.setdefault((place(other).layer, place(other).category), []).append(other)
     for name in ft_only:
         where = place(name)
         if (
@@ -242,13 +249,7 @@ def _refuse_fused(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], ft_only:
             or len(ft.tensors[name].shape) < 2
         ):
             continue
-        # The prefix of the stack may differ: the layer and the category tell.
-        others = [
-            other
-            for other in pre_only
-            if (place(other).layer, place(other).category) == (where.layer, where.category)
-            and len(pre.tensors[other].shape) >= 2
-        ]
+        others = like.get((where.layer, where.category), [])
         if others:
             raise PairError(
                 f"{ft.folder} has {name} {list(ft.tensors[name].shape)} where {pre.folder} has {_shown(others, pre)}: "
@@ -310,9 +311,10 @@ def _refuse_incomplete(pre: Checkpoint, ft: Checkpoint, pre_only: list[str], bas
         if where.layer is not None:
             last[where.stack] = max(last.get(where.stack, 0), where.layer)
     sharing = _first_sharing_layer(ft.folder)
+    embeddings = [name for name in kept if place(name).category == "embedding"]
     for name in pre_only:
         where = place(name)
-        if where.buffer or tower(name) not in towers or _is_copy(name, pre, kept):
+        if where.buffer or tower(name) not in towers or _is_copy(name, pre, embeddings):
             continue
         lost = where.category == "embedding" and where.layer is None
         if where.layer is not None:
@@ -336,12 +338,12 @@ def _first_sharing_layer(folder: Path) -> int | None:
     return None
 
 
-def _is_copy(name: str, pre: Checkpoint, kept: Collection[str]) -> bool:
+def _is_copy(name: str, pre: Checkpoint, embeddings: Collection[str]) -> bool:
     """Whether pre stores an embedding twice, as T5 did, and ft has the other one."""
     tensor = pre.tensors[name]
     if place(name).category != "embedding":
         return False
-    others = [pre.tensors[other] for other in kept if place(other).category == "embedding"]
+    others = (pre.tensors[other] for other in embeddings)
     return any(other.shape == tensor.shape and same_bytes(tensor, other) for other in others)
 
 

@@ -200,3 +200,40 @@ def test_a_head_that_training_untied_is_written_with_a_config_that_says_so(tmp_p
     assert code == 0
     assert "The head has numbers of its own" in " ".join(out.split())
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("rows", [64, 72, 60])
+@pytest.mark.parametrize("method", [("fapm", "0.9"), ("magnitude", "1"), ("dare", "0.9")])
+def test_new_tokens_in_rows_that_were_padding_stay_ft(tmp_path: Path, method: tuple[str, str], rows: int) -> None:
+    """pre: 50 tokens in 64 rows; ft: 53 tokens in as many rows, in more, or in fewer."""
+    pre = tiny_llama(torch.float32)
+    ft = fine_tuned(pre)
+    vocabulary = ("model.embed_tokens.weight", "lm_head.weight")
+    for name in vocabulary:
+        assert len(pre[name]) == 64
+        ft[name] = torch.cat([ft[name], torch.randn(8, ft[name].shape[1])])[:rows].clone()
+    for side, tensors, count in (("pre", pre, 50), ("ft", ft, 53)):
+        write_checkpoint(tmp_path / side, tensors)
+        words = {"model": {"type": "BPE", "vocab": {f"w{number}": number for number in range(count)}}}
+        (tmp_path / side / "tokenizer.json").write_text(json.dumps(words))
+    option = "--drop-rate" if method[0] == "dare" else "--sparsity"
+    code, _, err = call(method[0], "--pre", "pre", "--ft", "ft", option, method[1], "--out", "out", cwd=tmp_path)
+    assert code == 0, err
+    out = read_checkpoint(tmp_path / "out")
+    assert torch.equal(out[vocabulary[0]][50:], ft[vocabulary[0]][50:])
+    assert torch.equal(out[vocabulary[1]][50:], ft[vocabulary[1]][50:])
+    assert any(not torch.equal(out[name][:50], ft[name][:50]) for name in vocabulary)
+
+
+def test_thousands_of_tensors_of_another_form_are_refused_in_seconds(tmp_path: Path) -> None:
+    count = 10_000
+    pre = {f"model.layers.{n // 10}.mlp.a{n % 10}.weight": torch.zeros(1, 1) for n in range(count)}
+    ft = {f"model.layers.{n // 10}.mlp.b{n % 10}.weight": torch.zeros(1, 1) for n in range(count)}
+    whole = {"model.norm.weight": torch.zeros(1)}
+    write_checkpoint(tmp_path / "pre", pre | whole)
+    write_checkpoint(tmp_path / "ft", ft | whole)
+    start = time.perf_counter()
+    code, _, err = call("magnitude", "--pre", "pre", "--ft", "ft", "--sparsity", "0.5", "--out", "out", cwd=tmp_path)
+    assert code == 1
+    assert "does not know how" in " ".join(err.split())
+    assert time.perf_counter() - start < 30
