@@ -210,11 +210,24 @@ def shares_key_values(name: str) -> bool:
     return bool(_KEY_VALUE.search(name))
 
 
+# What mixtures of experts are called on the hub, and in memory since transformers 5, or the other way round.
+_RENAMED = (
+    (".block_sparse_moe.", ".mlp."),  # Mixtral, MiniMax, PhiMoE
+    (".mlp.router.weight", ".mlp.gate.weight"),  # PhiMoE
+    (".mlp.router.layer.weight", ".mlp.gate.weight"),  # Granite
+    (".mlp.input_linear.weight", ".mlp.experts.gate_up_proj"),  # Granite
+    (".mlp.output_linear.weight", ".mlp.experts.down_proj"),
+    (".mlp.gate.moe_statics.", ".mlp.moe_statics."),  # Ernie
+)
+
+
 @cache
 def _core(name: str) -> str:
     """A name without what differs between versions of transformers and between a text model and one around it."""
-    core = _AROUND.sub("", unwrapped(name)).replace(".block_sparse_moe.", ".mlp.")  # Mixtral, MiniMax, PhiMoE
-    return core.replace(".mlp.router.weight", ".mlp.gate.weight")  # PhiMoE
+    core = _AROUND.sub("", unwrapped(name))
+    for one, other in _RENAMED:
+        core = core.replace(one, other)
+    return core
 
 
 @dataclass(frozen=True, slots=True)
