@@ -15,7 +15,7 @@ from surgery.checkpoint.regroup import Regrouped, regroup
 from surgery.checkpoint.source import Checkpoint
 from surgery.checkpoint.tensor import Tensor
 from surgery.checkpoint.tied import config_of, parted, same_bytes, tied_names
-from surgery.checkpoint.vocabulary import new_tokens
+from surgery.checkpoint.vocabulary import new_tokens, other_tokens
 from surgery.errors import CheckpointError, PairError
 from surgery.layout import align, place, projections, shares_key_values, tower
 
@@ -87,6 +87,12 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
             f"{uneven[0][:-1]}, and `strict` allows no such difference between {pre.folder} and {ft.folder}."
         )
     notes += uneven
+    if others := other_tokens(pre.folder, ft.folder):
+        number, before, after = others[0]
+        notes.append(
+            f"{len(others):,} ids are another token in ft's tokenizer than in pre's (id {number}: {before!r}, now {after!r}): "
+            "their rows are edited like all others. To keep them, leave the embedding and the head out of the edit."
+        )
     items = [Item(tensor, base.get(name), place(name)) for name, tensor in ft.tensors.items()]
     unknown = [item.ft.name for item in items if item.place.category == "other" and not item.place.buffer]
     if unknown:

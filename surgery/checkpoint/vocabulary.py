@@ -28,6 +28,34 @@ def new_tokens(pre: Path, ft: Path) -> tuple[int, int] | None:
     return (before, after) if before and after and after > before else None
 
 
+def other_tokens(pre: Path, ft: Path) -> list[tuple[int, str, str]]:
+    """The ids that stand for another token in ft than in pre, with both: reserved tokens that fine-tuning gave a name."""
+    if all(_same(pre / name, ft / name) for name in (TOKENIZER, VOCAB, ADDED)):
+        return []
+    try:
+        before, after = dict(_named(pre)), dict(_named(ft))
+    except CheckpointError:
+        return []
+    return [
+        (number, before[number], after[number])
+        for number in sorted(before)
+        if after.get(number, before[number]) != before[number]
+    ]
+
+
+def _named(folder: Path) -> Iterator[tuple[int, str]]:
+    """The ids of a folder's tokenizer with their tokens."""
+    if (folder / TOKENIZER).is_file():
+        found = read_json(folder / TOKENIZER)
+        model = found.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+        if isinstance(vocabulary, Mapping):
+            yield from ((number, token) for token, number in vocabulary.items() if isinstance(number, int))
+        for token in found.get("added_tokens") or []:
+            if isinstance(token, Mapping) and isinstance(token.get("id"), int):
+                yield token["id"], str(token.get("content"))
+
+
 def tokens(folder: Path) -> int:
     """How many ids the tokenizer of a folder has: the largest and one more; 0 where that cannot be read from its files."""
     try:

@@ -237,3 +237,14 @@ def test_thousands_of_tensors_of_another_form_are_refused_in_seconds(tmp_path: P
     assert code == 1
     assert "does not know how" in " ".join(err.split())
     assert time.perf_counter() - start < 30
+
+
+def test_ids_that_got_another_token_are_said(tmp_path: Path) -> None:
+    pre = tiny_llama()
+    for side, tensors, word in (("pre", pre, "<reserved_0>"), ("ft", fine_tuned(pre), "<start>")):
+        write_checkpoint(tmp_path / side, tensors)
+        content = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": word}]}
+        (tmp_path / side / "tokenizer.json").write_text(json.dumps(content))
+    code, out, err = call("magnitude", "--pre", "pre", "--ft", "ft", "--sparsity", "0.5", "--out", "out", cwd=tmp_path)
+    assert code == 0, err
+    assert "id 1: '<reserved_0>', now '<start>'" in " ".join((out + err).split())
