@@ -65,6 +65,10 @@ def companions(folder: Path, *, only_known: bool = False) -> dict[str, Path]:
             raise CheckpointError(
                 f"{path}: is a link to {path.readlink()}, which does not exist. Restore or remove it."
             )
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: is no regular file but a pipe, a device or a socket, which surgery never reads. Remove it."
+            )
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.")
     return found
@@ -75,5 +79,5 @@ def _walk(folder: Path, inside: str = "") -> Iterator[Path]:
         if path.is_dir():
             if not path.is_symlink() and not path.name.startswith(STAY_FOLDERS):
                 yield from _walk(path, f"{inside}{path.name}/")
-        elif travels(inside + path.name) and (path.is_file() or path.is_symlink()):
+        elif travels(inside + path.name):
             yield path

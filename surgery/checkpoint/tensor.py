@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
 from surgery.checkpoint.dtypes import BITS, FLOAT_BITS, QUANTIZED_BITS
+from surgery.checkpoint.readable import open_file
 from surgery.errors import CheckpointError
 
 
@@ -153,7 +154,7 @@ class Span:
     begin: int
 
     def open(self) -> Handle:
-        return OpenSpan(self.path.open("rb", buffering=0), self.begin)
+        return OpenSpan(open_file(self.path, buffering=0), self.begin)
 
 
 class OpenSpan:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.readable import read_json
+from surgery.checkpoint.readable import read_json, read_whole
 from surgery.errors import CheckpointError
 
 TOKENIZER, VOCAB, ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
@@ -84,4 +84,4 @@ def _ids(folder: Path) -> Iterator[Any]:
 def _same(one: Path, other: Path) -> bool:
     if not one.is_file() or not other.is_file():
         return one.is_file() == other.is_file()
-    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+    return one.stat().st_size == other.stat().st_size and read_whole(one) == read_whole(other)

@@ -32,6 +32,8 @@ def local(data: str, endings: Sequence[str] = ENDINGS) -> Path | None:
         raise OptionError(f"{data}: text is read from {', '.join(endings)}. Rename or convert it.")
     if not path.exists() and (ending in endings or path.is_absolute()):
         raise OptionError(f"{data}: no such file. Check the path.")
+    if path.exists() and not path.is_file():
+        raise OptionError(f"{data}: is no regular file but a pipe or a device, which surgery never reads. Give a file.")
     return path if path.exists() else None
 
 

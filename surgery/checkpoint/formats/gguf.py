@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear, top_level
 from surgery.checkpoint.formats.gguf_header import Header, Stored, read_header
+from surgery.checkpoint.readable import open_file
 from surgery.checkpoint.tensor import Data, Handle, Span, Tensor, read_into
 from surgery.errors import CheckpointError
 
@@ -93,7 +94,7 @@ class Blocks:
     raw: type[Any] = np.float32
 
     def open(self) -> Handle:
-        return OpenBlocks(self, self.path.open("rb", buffering=0))
+        return OpenBlocks(self, open_file(self.path, buffering=0))
 
 
 class OpenBlocks:

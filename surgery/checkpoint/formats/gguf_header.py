@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from surgery.checkpoint.readable import readable
+from surgery.checkpoint.readable import open_file, readable
 from surgery.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(
             f"{path}: reading GGUF takes the gguf package. Install it: pip install 'model-surgery[gguf]'."
         )
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_file(path) as file:
         return _read(_Cursor(path, file, os.fstat(file.fileno()).st_size))
 
 

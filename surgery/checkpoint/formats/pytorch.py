@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from surgery.checkpoint.dtypes import BITS, TORCH
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear, top_level
 from surgery.checkpoint.formats.shards import join, numbered_set, read_index, stale_index
+from surgery.checkpoint.readable import open_file
 from surgery.checkpoint.tensor import Handle, Span, Tensor, read_into
 from surgery.errors import CheckpointError
 
@@ -75,7 +76,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def _records(path: Path) -> dict[int, int]:
     """The archive's records: the byte that each begins at -> its length."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         size, first = os.fstat(file.fileno()).st_size, file.read(4)
         if first != b"PK\3\4":
             raise CheckpointError(_not_a_zip(path, first))
@@ -238,7 +239,7 @@ class Strided:
     strides: tuple[int, ...]
 
     def open(self) -> Handle:
-        return OpenStrided(self, self.path.open("rb", buffering=0))
+        return OpenStrided(self, open_file(self.path, buffering=0))
 
 
 class OpenStrided:

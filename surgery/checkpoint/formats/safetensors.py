@@ -19,7 +19,7 @@ from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.dtypes import BITS
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear, top_level
 from surgery.checkpoint.formats.shards import join, numbered_set, read_index, stale_index
-from surgery.checkpoint.readable import readable
+from surgery.checkpoint.readable import open_file, readable
 from surgery.checkpoint.tensor import Span, Tensor
 from surgery.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, not readable, truncated, or its header contradicts itself or the file's size.
     """
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:

@@ -239,6 +239,8 @@ def _reference(file: str, number: int, row: Row, metric: str) -> tuple[str | lis
 
 
 def _plain(path: Path) -> str:
+    if not path.is_file():
+        raise OptionError(f"{path}: is no regular file but a pipe or a device, which surgery never reads. Give a file.")
     try:
         return path.read_text(encoding="utf-8-sig")  # as Windows saves it, too
     except OSError as error:
