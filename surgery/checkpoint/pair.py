@@ -63,14 +63,14 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     names, prefix_note = align(pre.tensors, ft.tensors)
     base = {name: pre.tensors[names[name]] for name in ft.tensors if name in names}
     notes = [*pre.notes, *ft.notes, *([prefix_note] if prefix_note else [])]
-    if not base and not any(map(projections, ft.tensors)):
+    notes += _tie_head(pre, ft, base)
+    made = _regroup(pre, ft, base)
+    base |= made.base
+    if not base:
         raise PairError(
             f"{pre.folder} and {ft.folder} have no tensor name in common, such as {next(iter(ft.tensors))}: "
             "they are not the same model."
         )
-    notes += _tie_head(pre, ft, base)
-    made = _regroup(pre, ft, base)
-    base |= made.base
     notes += [made.note] if made.note else []
     pre_only = _without(pre.tensors, {tensor.name for tensor in base.values()} | made.used)
     ft_only = _without(ft.tensors, base.keys())
