@@ -11,29 +11,20 @@ The first record decides, unless a metric is named. Files are read and checked h
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from surgery.data.encode import Message
-from surgery.data.records import ENDINGS, records
-from surgery.data.rows import Row, read
+from surgery.data.records import ENDINGS
 from surgery.errors import OptionError
-from surgery.evaluation.measures import choices
-from surgery.evaluation.measures.answer_loss import AnswerLoss
-from surgery.evaluation.measures.generated import NEXT_QUESTION, Generated
-from surgery.evaluation.measures.matching import METRICS, final_number, words
-from surgery.evaluation.measures.perplexity import Perplexity
+from surgery.evaluation.measures import answer_loss, choices, generated, perplexity
+from surgery.evaluation.measures.file import PLAIN, File, Maker, Options
 from surgery.evaluation.scores import Measure
 from surgery.paths import exists, expanded
 
-PLAIN = ".txt"
 DATA = (PLAIN, *ENDINGS)
 SPLITS = ("train", "test", "valid", "validation", "val", "dev", "eval", "data")  # what many files are called
-KNOWN = ("perplexity", "loss", *METRICS, "acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -45,17 +36,15 @@ class Source:
     metric: str | None = None
 
 
-@dataclass(frozen=True)
-class Options:
-    """What holds for every file; see `find_measures`."""
-
-    metric: str | None
-    limit: int | None
-    seq_len: int
-    max_new_tokens: int
-    prompt_field: str | None
-    completion_field: str | None
-    keep_reasoning: bool
+# In the order in which they are asked whether a file is for them.
+MEASURES: tuple[Maker, ...] = (
+    choices.MINIMAL_PAIRS,
+    choices.MULTIPLE_CHOICE,
+    perplexity.PERPLEXITY,
+    answer_loss.ANSWER_LOSS,
+    generated.GENERATED,
+)
+KNOWN = tuple(dict.fromkeys(metric for maker in MEASURES for metric in maker.metrics))
 
 
 def find_measures(
@@ -87,7 +76,7 @@ def find_measures(
         OptionError: a file cannot be read or used, or an option is wrong.
     """
     _check(metric, limit, seq_len, max_new_tokens)
-    options = Options(metric, limit, seq_len, max_new_tokens, prompt_field, completion_field, keep_reasoning)
+    options = Options(limit, seq_len, max_new_tokens, prompt_field, completion_field, keep_reasoning)
     sources = [source for spec in specs for source in _sources(spec)]
     if specs and not sources:
         raise OptionError(f"{specs[0]!r} names no file and no task. Give a file, or a task of lm-evaluation-harness.")
@@ -106,7 +95,10 @@ def find_measures(
 
             measures += harness_measures([source.typed for source in group], limit=limit)
         else:
-            measures += [_measure(source, _name(source, files, names), options) for source in group]
+            measures += [
+                _measure(File(source.typed, _name(source, files, names), source.metric or metric, options))
+                for source in group
+            ]
         names |= {measure.name for measure in measures}
     return measures
 
@@ -172,88 +164,9 @@ def _name(source: Source, files: Sequence[Source], taken: set[str]) -> str:
     raise OptionError(f"{source.typed}: is given twice. Leave one out.")
 
 
-def _measure(source: Source, name: str, options: Options) -> Measure:
-    file, metric, limit = source.typed, source.metric or options.metric, options.limit
-    if Path(file).suffix.lower() == PLAIN:
-        if metric not in (None, "perplexity"):
-            raise OptionError(
-                f"{file}: is plain text, which has a perplexity, not {metric}. Give records for {metric}."
-            )
-        plain = _plain(expanded(file))
-        if not plain.strip():
-            raise OptionError(f"{file}: holds no text. Check the file.")
-        return Perplexity(name, _sound(file, [plain]), options.seq_len, limit)
-    first = next((record for _, record in records(file)), None)
-    if isinstance(first, Mapping) and options.prompt_field is None and options.completion_field is None:
-        if choices.is_pair(first) and metric in (None, "acc"):
-            return choices.MinimalPairs(name, _items(file, limit, choices.minimal_pair))
-        if choices.is_question(first) and metric in (None, "acc", "acc_norm"):
-            return choices.MultipleChoice(name, _items(file, limit, choices.question), metric == "acc_norm")
-    if metric in ("acc", "acc_norm"):
-        wanted = " or ".join([", ".join(choices.CHOICES), *([", ".join(choices.PAIR)] if metric == "acc" else [])])
-        raise OptionError(f"{file}: {metric} needs the fields {wanted}. Choose another metric, or rename the fields.")
-    data = read(file, prompt=options.prompt_field, completion=options.completion_field)
-    rows = _sound(file, data.rows)
-    text = "text" in rows[0]
-    if metric == "perplexity" or (metric is None and text):
-        if not text:
-            raise OptionError(
-                f"{file}: perplexity needs running text, in a field text. Choose loss, or name the field."
-            )
-        return Perplexity(name, [row["text"] for row in rows], options.seq_len, limit)
-    if metric in (None, "loss"):
-        return AnswerLoss(name, rows[:limit])
-    if text:
-        raise OptionError(f"{file}: {metric} needs questions and answers, and this is plain text. Choose perplexity.")
-    questions = [_reference(file, number, row, metric) for number, row in enumerate(rows[:limit], 1)]
-    stop = NEXT_QUESTION if data.kind == "question–answer" else None
-    return Generated(name, questions, metric, options.max_new_tokens, stop, options.keep_reasoning)
-
-
-def _items(file: str, limit: int | None, make: Callable[[str, Mapping[str, Any]], Any]) -> list[Any]:
-    found: list[Any] = []
-    for where, record in records(file):
-        if len(found) == limit:
-            break
-        if not isinstance(record, Mapping):
-            raise OptionError(f"{where}: is no record with fields. Correct or remove it.")
-        found.append(make(where, record))
-    return _sound(file, found)
-
-
-def _reference(file: str, number: int, row: Row, metric: str) -> tuple[str | list[Message], str]:
-    """A row's prompt and the answer that is wanted.
-
-    Raises:
-        OptionError: the metric finds nothing in the answer to compare with.
-    """
-    completion = row["completion"]
-    answer = str(completion if isinstance(completion, str) else completion[-1]["content"]).strip()
-    comparable = {"exact": bool(answer), "numeric": final_number(answer) is not None, "rouge-l": bool(words(answer))}
-    if not comparable[metric]:
-        what = {"exact": "text", "numeric": "number", "rouge-l": "word of a–z and 0–9"}[metric]
-        raise OptionError(
-            f"{file}: answer {number} has no {what}, which {metric} needs. Remove it, or choose another metric."
-        )
-    return row["prompt"], answer
-
-
-def _plain(path: Path) -> str:
-    if not path.is_file():
-        raise OptionError(f"{path}: is no regular file but a pipe or a device, which surgery never reads. Give a file.")
-    try:
-        return path.read_text(encoding="utf-8-sig")  # as Windows saves it, too
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Convert it.") from None
-
-
-def _sound(file: str, items: list[Any]) -> list[Any]:
-    """Items that tokenizers can take: JSON can hold what is no text."""
-    try:
-        json.dumps(items, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        broken = error.object[error.start]
-        raise OptionError(f"{file}: holds {broken!r}, half of a character. Correct or remove the record.") from None
-    return items
+def _measure(file: File) -> Measure:
+    """The first kind of measure that a file is for."""
+    found = next((measure for maker in MEASURES if (measure := maker.make(file)) is not None), None)
+    if found is None:
+        raise OptionError(f"{file.typed}: {file.metric} does not fit its fields. Choose from {', '.join(KNOWN)}.")
+    return found

@@ -14,6 +14,7 @@ import numpy as np
 from surgery.data.encode import learnt
 from surgery.data.rows import Row
 from surgery.errors import OptionError
+from surgery.evaluation.measures.file import File, Maker
 from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
@@ -49,3 +50,10 @@ class AnswerLoss:
         weights = np.array([len(answer) for _, answer in pairs], np.float64)
         values = -np.array([sum_ for sum_, _ in found]) / weights
         return Scores(self.kind, values, weights, self.rows, {"contexts_cut": cut} if cut else {})
+
+
+def _make(file: File) -> AnswerLoss | None:
+    return AnswerLoss(file.name, file.rows[: file.options.limit]) if file.metric in (None, "loss") else None
+
+
+ANSWER_LOSS = Maker(("loss",), _make)

@@ -17,6 +17,7 @@ import numpy as np
 
 from surgery.data.encode import encode, parts, prefix
 from surgery.errors import OptionError
+from surgery.evaluation.measures.file import File, Maker
 from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
@@ -197,3 +198,24 @@ def _text(where: str, record: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise OptionError(f"{where}: field {name} holds no text. Correct or remove the record.")
     return value.strip()
+
+
+def _pairs(file: File) -> MinimalPairs | None:
+    if not is_pair(file.first) or file.metric not in (None, "acc"):
+        return None
+    return MinimalPairs(file.name, file.items(minimal_pair))
+
+
+def _questions(file: File) -> MultipleChoice | None:
+    if is_question(file.first) and file.metric in (None, "acc", "acc_norm"):
+        return MultipleChoice(file.name, file.items(question), file.metric == "acc_norm")
+    if file.metric in ("acc", "acc_norm") and not file.is_plain:
+        wanted = " or ".join([", ".join(CHOICES), *([", ".join(PAIR)] if file.metric == "acc" else [])])
+        raise OptionError(
+            f"{file.typed}: {file.metric} needs the fields {wanted}. Choose another metric, or rename the fields."
+        )
+    return None
+
+
+MINIMAL_PAIRS = Maker(("acc",), _pairs)
+MULTIPLE_CHOICE = Maker(("acc", "acc_norm"), _questions)

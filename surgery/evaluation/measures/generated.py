@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.data.encode import Message, prefix, prompt_ids
-from surgery.evaluation.measures.matching import METRICS
+from surgery.data.rows import Row
+from surgery.errors import OptionError
+from surgery.evaluation.measures.file import File, Maker
+from surgery.evaluation.measures.matching import METRICS, final_number, words
 from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
@@ -87,3 +90,38 @@ def without_reasoning(answer: str, reference: str) -> str:
         if answer.lstrip().startswith(begin):
             return ""
     return answer
+
+
+def _make(file: File) -> Generated | None:
+    metric, options = file.metric, file.options
+    if metric not in METRICS:
+        return None
+    if file.is_text:
+        raise OptionError(
+            f"{file.typed}: {metric} needs questions and answers, and this is plain text. Choose perplexity."
+        )
+    questions = [
+        _reference(file.typed, number, row, metric) for number, row in enumerate(file.rows[: options.limit], 1)
+    ]
+    stop = NEXT_QUESTION if file.data.kind == "question–answer" else None
+    return Generated(file.name, questions, metric, options.max_new_tokens, stop, options.keep_reasoning)
+
+
+def _reference(file: str, number: int, row: Row, metric: str) -> tuple[str | list[Message], str]:
+    """A row's prompt and the answer that is wanted.
+
+    Raises:
+        OptionError: the metric finds nothing in the answer to compare with.
+    """
+    completion = row["completion"]
+    answer = str(completion if isinstance(completion, str) else completion[-1]["content"]).strip()
+    comparable = {"exact": bool(answer), "numeric": final_number(answer) is not None, "rouge-l": bool(words(answer))}
+    if not comparable[metric]:
+        what = {"exact": "text", "numeric": "number", "rouge-l": "word of a–z and 0–9"}[metric]
+        raise OptionError(
+            f"{file}: answer {number} has no {what}, which {metric} needs. Remove it, or choose another metric."
+        )
+    return row["prompt"], answer
+
+
+GENERATED = Maker(tuple(METRICS), _make)

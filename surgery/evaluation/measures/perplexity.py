@@ -13,6 +13,7 @@ import numpy as np
 
 from surgery.data.encode import encode
 from surgery.errors import OptionError
+from surgery.evaluation.measures.file import File, Maker
 from surgery.evaluation.scores import Kind, Scores, digest
 
 if TYPE_CHECKING:
@@ -90,3 +91,23 @@ def _begin(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) ->
             return tokens
         size *= 2
     return encode(tokenizer, text)
+
+
+def _make(file: File) -> Perplexity | None:
+    options = file.options
+    if file.is_plain:
+        if file.metric not in (None, "perplexity"):
+            raise OptionError(
+                f"{file.typed}: is plain text, which has a perplexity, not {file.metric}. Give records for {file.metric}."
+            )
+        return Perplexity(file.name, [file.text()], options.seq_len, options.limit)
+    if file.metric not in (None, "perplexity") or (file.metric is None and not file.is_text):
+        return None
+    if not file.is_text:
+        raise OptionError(
+            f"{file.typed}: perplexity needs running text, in a field text. Choose loss, or name the field."
+        )
+    return Perplexity(file.name, [row["text"] for row in file.rows], options.seq_len, options.limit)
+
+
+PERPLEXITY = Maker(("perplexity",), _make)
