@@ -159,14 +159,15 @@ class Bench:
 
     def _calls(self, fault: str) -> int:
         """Run the case without a fault, note what comes of it, and return how many calls could fail."""
-        self._reset()
+        self.reset()
         done = self.faults.run(self.root, self.case.words, fault)
         assert done.code == 0, done
         self.after = digests(self.root)
         assert {name for name in self.after if name not in self.before} <= below(self.after, self.case.out).keys()
         return done.calls
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Make `root` as it was before the run."""
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(self.fresh, self.root)
 
@@ -175,7 +176,13 @@ class Bench:
         yield from range(1, (self.python_calls if fault == "MemoryError" else self.calls) + 1, every)
 
     def faulty(self, fault: str, at: int) -> str | None:
-        """Run the case with a fault, and say what was wrong of what is promised.
+        """Run the case with a fault, and say what was wrong of what is promised: see `judged`."""
+        self.reset()
+        wrong = self.judged(self.faults.run(self.root, self.case.words, fault, at), fault)
+        return wrong and f"{self.case.name}, {fault} at {at}: {wrong}"
+
+    def judged(self, done: Run, fault: str) -> str | None:
+        """Say what was wrong of what is promised about a run in `root` that was disturbed.
 
         - The inputs are as they were, and so is everything else that is not the output.
         - The output is absent or the old one if the command failed or was killed, and complete if it did not fail.
@@ -183,8 +190,6 @@ class Bench:
         - A failure is one sentence or "Stopped."; unless the process was killed nothing is left that is not named.
         - The command given again succeeds, and brings the same bytes.
         """
-        self._reset()
-        done = self.faults.run(self.root, self.case.words, fault, at)
         left = digests(self.root)
         out, old, new = (below(found, self.case.out) for found in (left, self.before, self.after))
         killed = done.code == -signal.SIGKILL
@@ -215,7 +220,7 @@ class Bench:
             wrong = f"stopped, and said {done.err[-300:]!r}"
         if wrong is None and done.code != 0:
             wrong = self._again(appeared=out != {} and out != old)
-        return wrong and f"{self.case.name}, {fault} at {at}: {wrong} ({done.code}: {done.err.strip()[-200:]!r})"
+        return wrong and f"{wrong} ({done.code}: {done.err.strip()[-200:]!r})"
 
     def _own(self, out: dict[str, str]) -> dict[str, str]:
         """The output without a journal that could not be removed from it."""
