@@ -104,3 +104,26 @@ def test_a_report_folder_that_holds_something_else_is_left_alone(root: Path, hel
 def test_a_cache_is_never_in_an_input(root: Path) -> None:
     words = ("compare", "--pre", "pre", "--ft", "ft", "--task", "task.jsonl", "--general", "task.jsonl")
     refused(root, *words, "--cache", "ft/cache", says=("--cache", "ft", "never written to"))
+
+
+def test_the_home_folder_is_meant_by_a_tilde(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    inner = root / "inner"
+    inner.mkdir()
+    pair = ("--pre", "~/pre", "--ft", "~/ft")
+    for words in (
+        ("extract", *pair, "--method", "hma", "--out", "~/delta.safetensors"),
+        ("apply", "--pre", "~/pre", "--delta", "~/delta.safetensors", "--out", "~/out"),
+        ("verify", "~/out"),
+        ("diff", *pair, "--csv", "~/table.csv"),
+    ):
+        code, _, err = call(*words, cwd=inner)
+        assert (code, err) == (0, ""), words
+    assert {path.name for path in root.iterdir()} == {"pre", "ft", "inner", "delta.safetensors", "out", "table.csv"}
+    assert list(inner.iterdir()) == []
+    for words in (
+        ("apply", "--pre", "pre", "--delta", "~no-such-user/delta.safetensors"),
+        ("verify", "~no-such-user/out"),
+        ("diff", "--pre", "pre", "--ft", "ft", "--csv", "~no-such-user/table.csv"),
+    ):
+        refused(root, *words, says=("~no-such-user",))

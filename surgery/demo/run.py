@@ -4,6 +4,7 @@ Nothing is downloaded, and nothing is chosen by its result: the model, the skill
 the pre-trained and the fine-tuned model score, and each method's row is what came out.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -91,11 +92,12 @@ def demo(
         SurgeryError: transformers is not installed.
     """
     _check_transformers()
+    new = not out.exists()
     _make_folder(out)
     try:
         return _demo(out, console, edit, seed, effort)
     except BaseException:  # Ctrl-C too: half a demo is of no use
-        shutil.rmtree(out, ignore_errors=True)
+        _remove(out, folder=new)
         raise
 
 
@@ -204,6 +206,17 @@ def _make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be made ({error.strerror}): choose another folder with --out.") from error
+
+
+def _remove(out: Path, *, folder: bool) -> None:
+    """Remove what the demo made in a folder, and the folder if the demo made it; not what somebody else put there meanwhile."""
+    for name in ("pre", "ft", "mofo", "hft", "skills", *(surgery.folder for surgery in SURGERIES)):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("calibration.txt", "demo.json"):
+        (out / name).unlink(missing_ok=True)
+    if folder:
+        with contextlib.suppress(OSError):  # something else is in it
+            out.rmdir()
 
 
 @contextmanager

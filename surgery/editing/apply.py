@@ -34,6 +34,7 @@ from surgery.engines.chunks import CHUNK
 from surgery.engines.stream import Tick, stream
 from surgery.engines.stream import workers as count_workers
 from surgery.errors import CheckpointError, PairError
+from surgery.paths import expanded
 
 # Tensors up to this size are compared with the base that is meant before anything is written.
 QUICK_BYTES, QUICK_TENSORS = 1 << 20, 64
@@ -89,6 +90,7 @@ def prepare(pre: str | Path, delta: Path, *, out: Path | None = None, force: boo
         CheckpointError: the delta is damaged.
         PairError: the base is another one, and `force` is not given.
     """
+    delta = expanded(delta)
     opened = open_delta(delta)
     source = resolve(str(pre), companions=True)
     base = open_checkpoint(

@@ -26,6 +26,7 @@ from surgery.engines.chunks import CHUNK
 from surgery.engines.stream import Tick, stream
 from surgery.engines.stream import workers as count_workers
 from surgery.errors import CheckpointError, PairError
+from surgery.paths import expanded
 
 # Each entry of these is a stored number of one of the two models.
 SELECTED = ("kept", "reset", "pruned", "copied")
@@ -57,6 +58,7 @@ def prepare(folder: Path, pre: str | None, ft: str | None) -> list[Check]:
         CheckpointError: it is damaged, has no report, or holds other tensors than the report says.
         PairError: pre and ft are not the models that it was made from.
     """
+    folder = expanded(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a checkpoint that surgery wrote.")
     source = resolve(str(folder), companions=False)

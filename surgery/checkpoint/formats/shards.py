@@ -11,6 +11,7 @@ from surgery.checkpoint.formats.format import Choice, Unclear, top_level
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError
+from surgery.paths import exists
 
 # model-00001-of-00002.safetensors, ft-model-00001-of-00002.safetensors; hf_model_0001_0.pt of torchtune.
 NUMBERED = re.compile(
@@ -88,7 +89,7 @@ def read_index(folder: Path, choice: Choice, ending: str) -> tuple[dict[str, str
             raise CheckpointError(
                 f"{path}: puts tensor {name} in {shard}, which is no {ending[1:]} file. Correct the index."
             )
-        if not (folder / shard).exists():
+        if not exists(folder / shard):
             raise CheckpointError(f"{path}: names the shard {shard}, which is missing. Download it again.")
     metadata = index.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}
