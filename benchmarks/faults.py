@@ -197,9 +197,8 @@ def headers(count: int, seed: int) -> Iterator[Row]:
                 try:
                     with limited():
                         sample.open()
-                except SurgeryError as error:
-                    if "\n" in str(error).strip():
-                        row.wrong.append(f"{number}: several lines: {error}")
+                except SurgeryError:
+                    continue
                 except BaseException as error:
                     if isinstance(error, KeyboardInterrupt):
                         raise

@@ -134,7 +134,7 @@ def edit(
     Args:
         method: a name in `surgery.methods.METHODS`, or such a method with its parameters.
         out: write the checkpoint to this folder; without it nothing is written, and nothing done until the result is read.
-        force: replace a checkpoint that is there.
+        force: replace an earlier output of surgery that is there.
         device: of the writing, as `surgery fapm --device`.
         parameters: of the method, as its class has them: sparsity=0.9, ratios=(0.3, 0.2, 0.1), …
 

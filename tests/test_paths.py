@@ -121,9 +121,9 @@ def test_the_home_folder_is_meant_by_a_tilde(root: Path, monkeypatch: pytest.Mon
         assert (code, err) == (0, ""), words
     assert {path.name for path in root.iterdir()} == {"pre", "ft", "inner", "delta.safetensors", "out", "table.csv"}
     assert list(inner.iterdir()) == []
-    for words in (
+    for unknown in (
         ("apply", "--pre", "pre", "--delta", "~no-such-user/delta.safetensors"),
         ("verify", "~no-such-user/out"),
         ("diff", "--pre", "pre", "--ft", "ft", "--csv", "~no-such-user/table.csv"),
     ):
-        refused(root, *words, says=("~no-such-user",))
+        refused(root, *unknown, says=("~no-such-user",))

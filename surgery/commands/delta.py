@@ -32,7 +32,7 @@ class Choice:
 class Replace:
     """What may be replaced."""
 
-    force: bool = option(False, help="Replace a file at the output.")
+    force: bool = option(False, help="Replace an earlier task vector at the output.")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Vector:
     pre: str = option(help=PRE)
     delta: Path = option(help="The task vector: a file of surgery extract.")
     out: Path | None = option(None, help="Output folder.", shown="beside the delta, by its name")
-    force: bool = option(False, help="Replace a checkpoint at the output, and take any base.")
+    force: bool = option(False, help="Replace an earlier output of surgery, and take any base.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from surgery.option import option
 
 PRE = "The pre-trained model: a folder, a file, or a hub id with an optional @revision."
 FT = "The fine-tuned model or LoRA adapter, likewise."
-FORCE = "Replace a checkpoint at the output."
+FORCE = "Replace an earlier output of surgery; nothing else is ever replaced."
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Given:
 
     config: Path | None = option(None, metavar="FILE", help="Options in YAML; those on the command line win.")
     resume: bool = option(False, help="Continue a run that broke off.", panel=OUTPUT)
-    force: bool = option(False, help="Replace a checkpoint that is at --out.", panel=OUTPUT)
+    force: bool = option(False, help="Replace an earlier output of surgery at --out.", panel=OUTPUT)
     plot: Path | None = option(
         None,
         metavar="FILE",

@@ -62,7 +62,7 @@ def train(
     """Train a model and write it.
 
     Args:
-        force: replace a checkpoint at the output.
+        force: replace an earlier output of surgery.
         resume: continue a run that broke off, from the last state that it saved; from the start where it saved none.
         command: what the user typed, for the report.
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import Q, Tensors, fine_tuned, read_checkpoint, tiny_llama, tiny_llama_pair, write_checkpoint
-from helpers.command import run
+from helpers.command import SLOW, run
 from helpers.runs import METHOD_OPTIONS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -309,7 +308,8 @@ def test_a_killed_extraction_leaves_no_file_and_the_next_one_works(tmp_path: Pat
     tiny_llama_pair(tmp_path, width=256)
     pair = ("--pre", tmp_path / "pre", "--ft", tmp_path / "ft")
     words = [*map(str, pair), "--method", "fapm", "--out", str(tmp_path / "delta.safetensors")]
-    process = subprocess.Popen([sys.executable, "-m", "surgery", "extract", *words], stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([*SLOW, "extract", *words], stdout=subprocess.DEVNULL, env=environment)
     draft = tmp_path / ".delta.safetensors.surgery-draft"
     while process.poll() is None and not draft.exists():
         time.sleep(0.001)

@@ -31,7 +31,7 @@ from helpers.checkpoints import (
     tiny_llama_pair,
     write_checkpoint,
 )
-from helpers.command import SURGERY, call, contents, is_one_sentence, refused, surgery
+from helpers.command import SLOW, SURGERY, call, contents, is_one_sentence, refused, surgery
 from helpers.outputs import as_output
 from safetensors.torch import load_file
 
@@ -440,7 +440,8 @@ def test_a_disk_that_another_program_fills(tmp_path: Path, left: float) -> None:
 
         filling = threading.Thread(target=fill, daemon=True)
         filling.start()
-        done = surgery("fapm", *PAIR, "--out", "disk/out", "--workers", "1", cwd=tmp_path, SURGERY_KERNELS="numpy")
+        words = ("fapm", *PAIR, "--out", "disk/out", "--workers", "1")
+        done = surgery(*words, cwd=tmp_path, command=SLOW, SURGERY_KERNELS="numpy")
         filling.join()
         assert done.returncode == 1
         assert is_one_sentence(done.stderr), done.stderr
@@ -536,10 +537,10 @@ def test_ctrl_c(tmp_path: Path, presses: int) -> None:
     write_checkpoint(tmp_path / "pre", pre, shards=2)
     write_checkpoint(tmp_path / "ft", fine_tuned(pre), shards=2)
     before = contents(tmp_path)
-    environment = {**os.environ, "SURGERY_KERNELS": "numpy"}
+    environment = {**os.environ, "SURGERY_KERNELS": "numpy", "PYTHONPATH": str(Path(__file__).parents[2])}
     for wait in (0.0, 0.0, 0.001, 0.002, 0.005, 0.05, 0.1):
         process = subprocess.Popen(
-            [*SURGERY, "fapm", *PAIR, "--workers", "1"],
+            [*SLOW, "fapm", *PAIR, "--workers", "1"],
             cwd=tmp_path,
             env=environment,
             stderr=subprocess.PIPE,

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,21 +17,14 @@ from pathlib import Path
 
 import pytest
 from helpers.checkpoints import fine_tuned, tiny_llama, tiny_llama_pair, write_checkpoint
-from helpers.command import contents, is_one_sentence, surgery
+from helpers.command import SLOW, contents, is_one_sentence, surgery
 from helpers.outputs import as_output
 from safetensors import SafetensorError, safe_open
 
 from surgery.checkpoint.listing import REPORT
 
 JOURNAL = "surgery-journal.jsonl"
-# The command, with a journal that is written often, so that a kill finds it at any length.
-FINE = [
-    sys.executable,
-    "-c",
-    "import sys, surgery.checkpoint.draft as draft; draft.SYNC_SECONDS = 0.01\n"
-    "from surgery.__main__ import main; sys.exit(main())",
-]
-ENVIRONMENT = {**os.environ, "SURGERY_KERNELS": "numpy"}
+ENVIRONMENT = {**os.environ, "SURGERY_KERNELS": "numpy", "PYTHONPATH": str(Path(__file__).parents[2])}
 # method -> options
 RUNS = {
     "fapm": ["--sparsity", "0.8"],
@@ -77,13 +69,9 @@ def journal(root: Path) -> list[bytes]:
 
 
 def killed(root: Path, command: list[str], lines: int, delay: float = 0.0) -> None:
-    """Start a run, and kill it when its journal has as many lines (the first says what the run is)."""
-    process = subprocess.Popen([*FINE, *command], cwd=root, env=ENVIRONMENT)
-    while len(journal(root)) < lines and process.poll() is None:
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+    """Start a run that kills itself: see `helpers.slow_surgery`."""
+    process = subprocess.Popen([*SLOW, *command], cwd=root, env=ENVIRONMENT | {"SURGERY_KILL": f"{lines},{delay}"})
+    assert process.wait() == -signal.SIGKILL
 
 
 def loadable(folder: Path) -> list[str]:
@@ -99,7 +87,7 @@ def loadable(folder: Path) -> list[str]:
 
 def whole(root: Path, command: list[str]) -> dict[str, str]:
     """What a run that nobody stops makes."""
-    done = surgery(*command, cwd=root, command=FINE, SURGERY_KERNELS="numpy")
+    done = surgery(*command, cwd=root, SURGERY_KERNELS="numpy")
     assert done.returncode == 0, done.stderr
     made = contents(root / "out")
     shutil.rmtree(root / "out")
@@ -123,7 +111,7 @@ def test_kill_and_resume(root: Path, method: str) -> None:
             killed(root, words(method, "--resume"), len(journal(root)) + draw.randint(0, 5))
             assert_unloadable(root)
         before = len(journal(root))
-        done = surgery(*words(method, "--resume"), cwd=root, command=FINE, SURGERY_KERNELS="numpy")
+        done = surgery(*words(method, "--resume"), cwd=root, SURGERY_KERNELS="numpy")
         assert done.returncode == 0, done.stderr
         assert before >= 1
         assert contents(root / "out") == expected
@@ -240,7 +228,7 @@ def test_resume_with_nothing_to_resume_just_runs(tmp_path: Path) -> None:
 
 
 def test_a_second_run_on_the_same_output_is_refused(root: Path) -> None:
-    process = subprocess.Popen([*FINE, *words("fapm")], cwd=root, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*SLOW, *words("fapm")], cwd=root, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while not journal(root):
         time.sleep(0.001)
     for more in ([], ["--resume"], ["--force"]):
@@ -311,7 +299,7 @@ def test_a_replacement_shows_the_old_checkpoint_or_the_new_one(tmp_path: Path) -
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(root: Path) -> None:
-    process = subprocess.Popen([*FINE, *words("fapm")], cwd=root, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*SLOW, *words("fapm")], cwd=root, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while not journal(root):
         time.sleep(0.001)
     (root / "out").mkdir()
@@ -326,7 +314,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(root: Path) -> None:
 
 @pytest.mark.parametrize("what", ["a shard of the draft", "the draft", "a shard of ft"])
 def test_files_that_vanish_or_change_meanwhile(root: Path, what: str) -> None:
-    process = subprocess.Popen([*FINE, *words("fapm")], cwd=root, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*SLOW, *words("fapm")], cwd=root, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while len(journal(root)) < 2:
         time.sleep(0.001)
     shard = next((root / "ft").glob("*.safetensors"))

@@ -14,6 +14,8 @@ from pathlib import Path
 from surgery.__main__ import main
 
 SURGERY = [sys.executable, "-m", "surgery"]
+# The command, taking its time: on a busy machine too it is at work when a test disturbs it.
+SLOW = [sys.executable, str(Path(__file__).parent / "slow_surgery.py")]
 
 
 def surgery(
@@ -22,7 +24,7 @@ def surgery(
     """Run `surgery` as a process of its own, in a folder, with more variables in its environment."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {**(env or {}), **more}
-    return subprocess.run([*command, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([*command, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -127,12 +127,25 @@ class Faults:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Every name under a folder with a digest of what it holds."""
+    """Every name under a folder with a digest of what it holds; of a report without the versions of libraries.
+
+    Python's importlib, which knows them, takes a folder that it cannot list for empty.
+    """
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[name] = hashlib.sha256(_content(path)).hexdigest() if path.is_file() else "folder"
     return found
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.name != "surgery-report.json":
+        return content
+    try:
+        return json.dumps(json.loads(content) | {"versions": None}).encode()
+    except ValueError:
+        return content
 
 
 def below(all_of: dict[str, str], name: str) -> dict[str, str]:
