@@ -84,7 +84,7 @@ def prepare(pre: str | Path, delta: Path, *, out: Path | None = None, force: boo
         pre: a folder, a file, or a hub id with an optional `@revision`.
         delta: a file that `surgery extract` wrote.
         out: the output folder; by default beside the delta, named after it.
-        force: take another base than the one that the delta was extracted from, and replace an earlier output of surgery at `out`.
+        force: take another base than that of the extraction, and replace an earlier output of surgery at `out`.
 
     Raises:
         CheckpointError: the delta is damaged.
