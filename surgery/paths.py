@@ -19,7 +19,7 @@ from surgery.interrupt import postponed, uninterrupted
 
 
 def expanded(typed: str | Path) -> Path:
-    """The path, with the home folder for `~` and `~name`; as it stands where nobody has that name."""
+    """Return the path, with the home folder for `~` and `~name`; as it stands where nobody has that name."""
     try:
         return Path(typed).expanduser()
     except RuntimeError:
@@ -27,7 +27,7 @@ def expanded(typed: str | Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something by that name, which may be too long for one: tasks with commas between them are."""
+    """Return whether there is something by that name, which may be too long for one: tasks with commas between them are."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -35,7 +35,7 @@ def exists(path: Path) -> bool:
 
 
 def local(*typed: str | Path | None) -> list[Path]:
-    """Those of the names that are files or folders here; others may be ids of a hub."""
+    """Return those of the names that are files or folders here; others may be ids of a hub."""
     return [path for name in typed if name is not None and exists(path := expanded(name))]
 
 

@@ -212,7 +212,7 @@ class Beside:
         return isinstance(line, dict) and (line.get("surgery"), line.get("output")) == (self.ending, self.out.name)
 
     def stands(self) -> bool:
-        """Whether the marker is still in the folder, and the folder where it was."""
+        """Return whether the marker is still in the folder, and the folder where it was."""
         assert self.marker is not None
         try:
             if self.at is None:

@@ -80,12 +80,12 @@ def open_delta(path: Path) -> Delta:
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a file of weights may be written under this name, in the output folder itself."""
+    """Return whether a file of weights may be written under this name, in the output folder itself."""
     return PurePosixPath(name).name == name and "\\" not in name and name.endswith(".safetensors")
 
 
 def _is_companion(name: str) -> bool:
-    """Whether a file beside the weights may be written under this name: one that travels, and stays inside the output folder."""
+    """Return whether a file beside the weights may be written under this name: one that travels, and stays inside the output folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", ":"} and travels(name)
 
@@ -105,7 +105,7 @@ def _check_parts(path: Path, tensor: Mapping[str, Any], parts: Mapping[str, Tens
 
 
 def extracted(path: Path) -> bool:
-    """Whether a file is a task vector that surgery wrote."""
+    """Return whether a file is a task vector that surgery wrote."""
     try:
         return read_header(path).metadata.get("format") == FORMAT
     except CheckpointError:
@@ -161,7 +161,7 @@ class DeltaDraft:
                 error.args = (f"{error} {self.left[0]}",)
 
     def sink(self, ft: Tensor, pre: Tensor | None) -> DeltaSink:
-        """Where the bytes of an edited tensor go; its base is read beside them."""
+        """Return where to write the bytes of an edited tensor; its base is read beside them."""
         sink = DeltaSink(ft, pre, self.place, f"{next(self.numbers):06d}")
         self.sinks[ft.name] = sink
         return sink
@@ -246,7 +246,7 @@ class DeltaSink:
             file.close()
 
     def parts(self) -> list[tuple[Tensor, Path | bytes]]:
-        """What the file holds of this tensor, and where it lies."""
+        """List the parts that the file stores of this tensor, each with the place where its bytes are now."""
         name, n = self.ft.name, self.ft.entries
         if self.pre is not None and self.count == 0:
             return []
@@ -269,7 +269,7 @@ class DeltaSink:
 
 
 def read_entries(reader: Reader, position: int, count: int) -> bytearray:
-    """The bytes of `count` entries from `position` on."""
+    """Read the bytes of `count` entries from `position` on."""
     size = BITS[reader.tensor.dtype] // 8
     raw = bytearray(count * size)
     reader.fill(position * size, memoryview(raw))
@@ -277,7 +277,7 @@ def read_entries(reader: Reader, position: int, count: int) -> bytearray:
 
 
 def as_words(raw: bytearray, pre: str, ft: str) -> Array:
-    """Entries of type pre, cast to ft as the edit casts them: the bits, as unsigned integers."""
+    """Return entries of type pre, cast to ft as the edit casts them: the bits, as unsigned integers."""
     word = np.dtype(f"u{BITS[ft] // 8}")
     if pre == ft:
         return np.frombuffer(raw, word)

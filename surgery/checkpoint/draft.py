@@ -112,7 +112,7 @@ class Draft:
                 error.args = (f"{error} {left[0]}",)
 
     def sink(self, name: str) -> Sink:
-        """Where the bytes of a tensor go."""
+        """Return where to write the bytes of a tensor."""
         shard, begin = self.places[name]
         return Sink(self.files[shard], begin, self.locks[shard])
 
@@ -284,7 +284,7 @@ def _write(file: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _records(lines: list[bytes]) -> tuple[dict[str, dict[str, Any]], int]:
-    """The journal's entries up to the first line that was cut short, and how many bytes they take."""
+    """Read the journal's entries up to the first line that was cut short, and how many bytes they take."""
     records, size = dict[str, dict[str, Any]](), 0
     for line in lines[:-1]:
         try:

@@ -27,7 +27,7 @@ def lock(file: int) -> bool:
 
 
 def same_file(file: int, path: Path) -> bool:
-    """Whether an open file is still what the path leads to."""
+    """Return whether an open file is still what the path leads to."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:

@@ -86,7 +86,7 @@ def remove_output(folder: Path) -> None:
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
-    """The report in a folder; None where there is none, or one that surgery did not write."""
+    """Read the report in a folder; None where there is none, or one that surgery did not write."""
     path = folder / REPORT
     try:
         status = path.lstat()
@@ -113,7 +113,7 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _same(path: Path, entry: Any) -> bool:
-    """Whether a file is regular and has the size and the digest of its entry in a list."""
+    """Return whether a file is regular and has the size and the digest of its entry in a list."""
     status = path.lstat()
     if not isinstance(entry, dict) or not stat.S_ISREG(status.st_mode) or status.st_size != entry.get("bytes"):
         return False

@@ -112,12 +112,12 @@ def _homes() -> set[Path]:
 
 
 def _aside(out: Path) -> str:
-    """The beginning of the names under which an output that is being replaced stands for a moment."""
+    """Return the beginning of the names under which an output that is being replaced stands for a moment."""
     return f".{out.name}.surgery-old"
 
 
 def _set_aside(out: Path) -> list[Path]:
-    """The earlier outputs that a killed run set aside, and nothing that merely has such a name."""
+    """Return the earlier outputs that a killed run set aside, and nothing that merely has such a name."""
     try:
         found = sorted(path for path in out.parent.iterdir() if path.name.startswith(_aside(out)))
         return [path for path in found if path.is_dir() and not path.is_symlink() and stranger(path) is None]

@@ -94,6 +94,7 @@ def _extract(
     from surgery.editing.extract import extract
     from surgery.editing.job import plan
     from surgery.editing.run import check_machine
+    from surgery.interrupt import uninterrupted
 
     if choice.method not in EXTRACTED:
         raise OptionError(f"`method` must be one of {', '.join(EXTRACTED)}, not {choice.method!r}.")
@@ -119,7 +120,8 @@ def _extract(
             advance=advance,
         )
     seconds = time.monotonic() - start
-    show_report(report, target, nbytes=nbytes, seconds=seconds, as_json=show.as_json)
+    with uninterrupted():  # the output is there: Ctrl-C is too late to say that it is not
+        show_report(report, target, nbytes=nbytes, seconds=seconds, as_json=show.as_json)
     if not show.as_json:
         say(f"{nbytes / job.nbytes:.1%} of the checkpoint's {job.nbytes:,} bytes")
 
@@ -132,13 +134,15 @@ def _apply(vector: Vector, show: Json, machine: Any) -> None:
     from surgery.display import progress
     from surgery.editing import apply
     from surgery.editing.display import show_report
+    from surgery.interrupt import uninterrupted
 
     job = apply.prepare(vector.pre, vector.delta, out=vector.out, force=vector.force)
     start = time.monotonic()
     with progress(job.reading) as advance:
         report = apply.run(job, workers=machine.workers, command=["surgery", *sys.argv[1:]], advance=advance)
     seconds = time.monotonic() - start
-    show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=show.as_json)
+    with uninterrupted():  # the output is there: Ctrl-C is too late to say that it is not
+        show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=show.as_json)
 
 
 def _verify(written: Written, machine: Any) -> None:

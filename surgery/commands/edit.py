@@ -51,6 +51,7 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
     from surgery.editing.display import show_plan, show_report
     from surgery.editing.job import prepare
     from surgery.editing.run import check_machine, run
+    from surgery.interrupt import uninterrupted
 
     *before, output, show, checks, machine = parts
     calibration = next((part for part in before if isinstance(part, Calibration)), None)
@@ -90,7 +91,8 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
             advance=advance,
         )
     seconds = time.monotonic() - start
-    show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=show.as_json)
+    with uninterrupted():  # the output is there: Ctrl-C is too late to say that it is not
+        show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=show.as_json)
 
 
 def _calibrated(job: Job, calibration: Calibration, device: str, *, dry_run: bool) -> Job:

@@ -151,7 +151,7 @@ def run(
 
 
 def computed(delta: Delta, base: Checkpoint) -> tuple[Checkpoint, dict[str, Path | Tensor]]:
-    """The checkpoint that `run` would write, made while it is read, and the files beside its weights.
+    """Return the checkpoint that `run` would write, made while it is read, and the files beside its weights.
 
     Raises:
         PairError: the base is another one, as far as small tensors can tell; reading a tensor tells for the others.
@@ -198,7 +198,7 @@ def _names(source: Any, delta: Delta) -> Checkpoint:
 
 
 def _regrouped(delta: Delta, base: Checkpoint) -> dict[str, Tensor]:
-    """The bases that ft has stacked or fused otherwise than the base, by the names in ft."""
+    """Return the bases that ft has stacked or fused otherwise than the base, by the names in ft."""
     wanted = _bases(delta)
     fitting = {tensor.name for tensor in wanted if _fits(base.tensors.get(tensor.name), tensor)}
     if len(fitting) == len(wanted):
@@ -211,7 +211,7 @@ def _regrouped(delta: Delta, base: Checkpoint) -> dict[str, Tensor]:
 
 
 def _bases(delta: Delta) -> list[Tensor]:
-    """The tensors of the original base: names, types and shapes, without their numbers."""
+    """Return the tensors of the original base: names, types and shapes, without their numbers."""
     return [
         Tensor(line["base"]["name"], line["base"]["dtype"], tuple(line["base"]["shape"]), Span(delta.path, 0))
         for line in delta.document["tensors"]
@@ -220,7 +220,7 @@ def _bases(delta: Delta) -> list[Tensor]:
 
 
 def _fits(found: Tensor | None, wanted: Tensor) -> bool:
-    """Whether a tensor may be the base: it has as many rows at least, and all else is alike."""
+    """Return whether a tensor may be the base: it has as many rows at least, and all else is alike."""
     return (
         found is not None
         and found.dtype == wanted.dtype
@@ -267,7 +267,7 @@ def _another_base(piece: Piece, delta: Delta, base: Checkpoint) -> PairError:
 
 
 def _files(delta: Delta, base: Checkpoint, force: bool) -> dict[str, Path | Tensor]:
-    """The files beside the weights: those that the delta brings, and the base's own where they are the ones that are meant."""
+    """List the files beside the weights: those that the delta brings, and those of the base that are the ones meant."""
     own = companions(base.folder, only_known=base.source.file is not None)
     found: dict[str, Path | Tensor] = {}
     for name, digest in delta.document["files"].items():

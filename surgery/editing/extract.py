@@ -110,7 +110,7 @@ def _line(step: Step, sink: DeltaSink) -> dict[str, Any]:
 
 
 def _files(job: Job) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The SHA-256 of each file beside the weights, and the content of those that the base does not have."""
+    """Return the SHA-256 of each file beside the weights, and the content of those that the base does not have."""
     source = job.pair.pre.source
     own = companions(source.folder, only_known=source.file is not None)
     digests, stored = {}, {}

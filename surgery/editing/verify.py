@@ -83,7 +83,7 @@ def prepare(folder: Path, pre: str | None, ft: str | None) -> list[Check]:
 
 
 def stored(source: Source) -> dict[str, Tensor]:
-    """The tensors in a checkpoint's own files: of a LoRA adapter, its factors."""
+    """Return the tensors in a checkpoint's own files: of a LoRA adapter, its factors."""
     choice = weights_of(source)
     if choice.format == adapter.NAME:
         return read_header(source.folder / choice.files[1]).tensors

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from helpers.checkpoints import tiny_llama_pair
 from helpers.command import call
-from helpers.faults import ACTIONS, Case
+from helpers.fault_server import ACTIONS
+from helpers.faults import Case
 
 PAIR = ("--pre", "pre", "--ft", "ft")
 FAPM = ("fapm", *PAIR, "--out", "out", "--workers", "1")
