@@ -85,7 +85,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _is_companion(name: str) -> bool:
-    """Return whether a file beside the weights may be written under this name: one that travels, and stays inside the output folder."""
+    """Return whether a file beside the weights may have this name: one that travels, and stays inside the output folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", ":"} and travels(name)
 
