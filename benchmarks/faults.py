@@ -215,17 +215,17 @@ def calls(every: int) -> Iterator[Row]:
     """Every fault at every call of every writer."""
     with tempfile.TemporaryDirectory() as folder, Faults(Path(folder)) as faults:
         for number, case in enumerate(cases()):
-            bench = Bench(faults, case, Path(folder) / str(number))
+            bench, begun = Bench(faults, case, Path(folder) / str(number)), time.monotonic()
+            promised = "inputs as before; the output absent, old or complete; exit 0 only if complete; the next run succeeds"
+            step = "each call" if every == 1 else f"each {every}th of the calls"
+            row = Row(promised, f"{case.name}: {', '.join(FAULTS)} at {step} ({bench.calls:,})")
             for fault in FAULTS:
-                promised = "inputs as before; the output absent, old or complete; exit 0 if and only if it is complete"
-                row = Row(promised, f"{case.name}: {fault}")
-                begun = time.monotonic()
                 for at in bench.points(fault, every):
                     row.tries += 1
                     if wrong := bench.faulty(fault, at):
                         row.wrong.append(wrong)
-                row.seconds = time.monotonic() - begun
-                yield row
+            row.seconds = time.monotonic() - begun
+            yield row
 
 
 # --- kills ---
