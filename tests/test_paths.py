@@ -127,3 +127,9 @@ def test_the_home_folder_is_meant_by_a_tilde(root: Path, monkeypatch: pytest.Mon
         ("diff", "--pre", "pre", "--ft", "ft", "--csv", "~no-such-user/table.csv"),
     ):
         refused(root, *unknown, says=("~no-such-user",))
+
+
+def test_scores_of_a_search_are_never_kept_in_an_input(root: Path) -> None:
+    words = ("fapm", "--pre", "pre", "--ft", "ft", "--sparsity", "auto", "--max-forgetting", "0.1")
+    scores = ("--task", "task.jsonl", "--general", "task.jsonl", "--cache", "ft/cache")
+    refused(root, *words, *scores, says=("--cache", "never written to"))

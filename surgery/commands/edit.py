@@ -69,7 +69,7 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
         max_shard_size=output.max_shard_size,
         label=label,
     )
-    scored = search.measures(values, machine.device) if label and not output.dry_run else None
+    scored = search.measures(values, machine.device, job) if label and not output.dry_run else None
     if calibration is not None:
         job = _calibrated(job, calibration, machine.device, dry_run=output.dry_run)
     if scored is not None:

@@ -97,9 +97,10 @@ def asked(method: type[Method], values: dict[str, Any]) -> str | None:
     return f"{method.name}-{AUTO}"
 
 
-def measures(values: Mapping[str, Any], device: str) -> Any:
+def measures(values: Mapping[str, Any], device: str, job: Job) -> Any:
     """The scoring of a search, and its measures, which are checked here, before a calibration that takes its time."""
     scoring = Scoring(**{name: values[name] for name in SCORED}, device=device)
+    scoring.inputs(*map(str, job.inputs))  # which the scores are never kept in
     return scoring, *scoring.measures()
 
 
