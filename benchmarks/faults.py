@@ -216,7 +216,9 @@ def calls(every: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, Faults(Path(folder)) as faults:
         for number, case in enumerate(cases()):
             bench, begun = Bench(faults, case, Path(folder) / str(number)), time.monotonic()
-            promised = "inputs as before; the output absent, old or complete; exit 0 only if complete; the next run succeeds"
+            promised = (
+                "inputs as before; the output absent, old or complete; exit 0 only if complete; the next run succeeds"
+            )
             step = "each call" if every == 1 else f"each {every}th of the calls"
             row = Row(promised, f"{case.name}: {', '.join(FAULTS)} at {step} ({bench.calls:,})")
             for fault in FAULTS:
