@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from surgery.methods import Method
 
 SETTINGS, CHOICE = "Settings", "Choice"
+# Of a calibration, whose seed is not that of the methods.
+TEXT = ("calibration", "samples", "norms")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Choosing:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    texts = chosen(Calibration, ("calibration", "samples", "norms"), panel=SETTINGS)
+    texts = chosen(Calibration, TEXT, panel=SETTINGS)
     kinds = [*METHODS.values(), texts]
     command(
         app,
@@ -95,7 +97,7 @@ def _sweep(
 
     kinds = [named(name) for name in dict.fromkeys(word.strip() for word in chosen.method.split(","))]
     values = {name: value for name, value in vars(given).items() if value not in (None, ())}
-    calibrated = {entry.name: values[entry.name] for entry in fields(Calibration) if entry.name in values}
+    calibrated = {name: values[name] for name in TEXT if name in values}
     _check(values, kinds)
     if choosing.out and not choosing.choose:
         raise OptionError("`out` is for the chosen checkpoint: give `choose` too.")
@@ -161,12 +163,11 @@ def _check(values: Mapping[str, Any], kinds: Sequence[type[Method]]) -> None:
     Raises:
         OptionError: there is one.
     """
-    of_text = {one.name for one in declared_options(Calibration)}
     for name in values:
         having = [
             kind.name
             for kind in METHODS.values()
-            if any(one.name == name for one in declared_options(kind)) or (kind.calibrated and name in of_text)
+            if any(one.name == name for one in declared_options(kind)) or (kind.calibrated and name in TEXT)
         ]
         if not {kind.name for kind in kinds} & set(having):
             raise OptionError(f"`{name}` is for {', '.join(having)}, none of which is swept.")

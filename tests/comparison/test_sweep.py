@@ -198,6 +198,14 @@ def test_nothing_is_scored_twice_and_a_row_is_the_checkpoint(
     assert {name: compared[name] for name in same} == {name: row[name] for name in same}
 
 
+def test_the_seed_of_a_draw_is_not_that_of_the_calibration(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--method", "half-reset,wanda", "--ratio", "0.5", "--seed", "0,1", "--sparsity", "0.5")
+    code, found, err = sweep(capsys, *words, "--calibration", "task.txt", "--samples", "2")
+    assert (code, err) == (0, "")
+    labels = [row["label"] for row in found["rows"]]
+    assert labels[2:] == ["half-reset 0.5", "half-reset 0.5 seed 1", "wanda 0.5"]
+
+
 def test_wanda_is_calibrated_once(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
