@@ -64,10 +64,15 @@ def register(app: typer.Typer) -> None:
 
 def _words(one: Declared, having: Sequence[type]) -> Option:
     """How an option of some methods reads in a sweep."""
-    names = [str(kind.name) for kind in having if hasattr(kind, "name")]
-    of = f"Of {', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else f"Of {names[0] if names else 'wanda'}"
     if one.option.swept is None:
-        return replace(one.option, help=f"{of}: {one.option.help}", panel=SETTINGS)
+        told: dict[str, list[type]] = {}  # methods may mean different things by one name
+        for kind in having:
+            text = next(other.option.help for other in declared_options(kind) if other.name == one.name)
+            told.setdefault(text, []).append(kind)
+        return replace(
+            one.option, help=" ".join(f"{_of(kinds)}: {text}" for text, kinds in told.items()), panel=SETTINGS
+        )
+    of = _of(having)
     tried = "numbers with commas, or first:last:step."
     if one.option.parse is not None:
         words = "".join(f", or [b]{name}[/b], those of the paper" for name in one.option.swept.named)
@@ -75,6 +80,13 @@ def _words(one: Declared, having: Sequence[type]) -> Option:
     return replace(
         one.option, help=f"{of}: {tried}", panel=SETTINGS, shown=one.option.swept.grid, parse=None, tried=True
     )
+
+
+def _of(kinds: Sequence[type]) -> str:
+    """Whose an option is: "Of fapm, magnitude and wanda"; one that is no method's is of those that are calibrated."""
+    named = [str(kind.name) for kind in kinds if hasattr(kind, "name")]
+    *names, last = named or [kind.name for kind in METHODS.values() if kind.calibrated]
+    return f"Of {', '.join(names)} and {last}" if names else f"Of {last}"
 
 
 def _sweep(

@@ -18,6 +18,8 @@ from helpers.command import SURGERY, call, contents, surgery
 
 import surgery as package
 from surgery.commands import app
+from surgery.methods import METHODS
+from surgery.option import declared_options
 
 PAIR = ("--pre", "pre", "--ft", "ft")
 ROOT = Path(__file__).parents[2]
@@ -81,6 +83,13 @@ def test_every_command_and_every_option_has_help(name: str) -> None:
     assert (code, err) == (0, "")
     for parameter in command.params:
         assert parameter.opts[-1] in out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sweep_says_of_a_methods_options_what_the_methods_own_command_says(name: str) -> None:
+    told = {one.name: one.help for one in commands()["sweep"].params}
+    for one in declared_options(METHODS[name]):
+        assert one.option.swept or re.search(rf"\b{name}\b[^:]*: {re.escape(one.option.help)}", told[one.name])
 
 
 def test_every_command_is_listed() -> None:
