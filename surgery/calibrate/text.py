@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.data.encode import apply_template
 from surgery.data.records import ENDINGS, local, records
 from surgery.errors import OptionError, reason
 from surgery.model.pretrained import load_tokenizer, max_positions
@@ -165,7 +166,9 @@ def _render(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase)
             f"{where}: holds chat messages, and the tokenizer has no chat template. Give text, or a model with a template."
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(apply_template(tokenizer, messages, tokenize=False))
+    except OptionError:
+        raise
     except Exception as error:
         raise OptionError(
             f"{where}: the chat template cannot render these messages ({reason(error)}). Correct or remove the record."

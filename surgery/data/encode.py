@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.data.limit import SECONDS, TooLong, within
 from surgery.data.rows import Row
 from surgery.errors import CheckpointError, OptionError, reason
 
@@ -93,6 +95,23 @@ def prompt_ids(
     return _open(tokenizer, prompt)
 
 
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **options: Any) -> Any:
+    """What the tokenizer's `apply_chat_template` gives, within a limit of time: a template is a program of somebody else's.
+
+    Raises:
+        OptionError: it took too long.
+        Exception: whatever the template raises.
+    """
+    try:
+        with within():
+            return tokenizer.apply_chat_template(list(messages), **options)
+    except TooLong:
+        raise OptionError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template took more than {SECONDS:g} seconds for one chat, "
+            "so it may never end. Correct chat_template.jinja, or take it from the base model."
+        ) from None
+
+
 def rendered_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, tools: str | None = None
 ) -> list[int]:
@@ -119,7 +138,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = str(apply_template(tokenizer, turns, tokenize=False))
     except Exception:  # a template that takes no such chat has no end to look for
         return None
     tail = encode(tokenizer, text.rpartition(MARK)[2], special=False)
@@ -147,13 +166,16 @@ def _rendered(
             "other data."
         )
     try:
-        found: Any = tokenizer.apply_chat_template(
+        found: Any = apply_template(
+            tokenizer,
             messages,
             tools=json.loads(tools) if tools else None,
             tokenize=True,
             return_dict=True,
             add_generation_prompt=prompt,
         )
+    except OptionError:
+        raise
     except Exception as error:
         first = messages[0]["content"][:40]
         raise OptionError(

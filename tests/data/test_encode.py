@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.tiny_lm import make_tokenizer
 from tokenizers import processors
 
-from surgery.data.encode import end_of_turn, without_beginning
+from surgery.data import limit
+from surgery.data.encode import end_of_turn, prompt_ids, without_beginning
+from surgery.errors import OptionError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -44,3 +49,17 @@ def test_a_beginning_that_the_tokenizer_adds_is_taken_off() -> None:
     assert without_beginning(tokenizer, "<s>one") == "one"
     assert without_beginning(tokenizer, "one") == "one"
     assert tokenizer(without_beginning(tokenizer, "<s>one")).input_ids == tokenizer("one").input_ids
+
+
+def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limit, "SECONDS", 0.5)
+    tokenizer = chatml()
+    tokenizer.chat_template = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(OptionError, match="may never end"):
+        prompt_ids(tokenizer, [{"role": "user", "content": "a"}], Path("model"))
+    assert end_of_turn(chatml()) is not None  # the alarm is off again
+
+
+def test_a_regular_expression_that_explodes_is_stopped() -> None:
+    with pytest.raises(limit.TooLong), limit.within(0.5):
+        re.match(r"(a+)+$", "a" * 60 + "b")
