@@ -42,7 +42,7 @@ def test_the_two_palettes_name_the_same_colours() -> None:
 
 
 def test_without_matplotlib_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_matplotlib("--plot")
+    check_matplotlib("plot")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match=r"^--report needs matplotlib: pip install"):
-        check_matplotlib("--report")
+    with pytest.raises(OptionError, match=r"^`report` needs matplotlib: pip install"):
+        check_matplotlib("report")

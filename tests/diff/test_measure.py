@@ -269,10 +269,12 @@ def test_a_report_about_other_weights_is_not_believed(tmp_path: Path) -> None:
 
 def test_csv_has_a_line_for_each_tensor(tmp_path: Path) -> None:
     tiny_llama_pair(tmp_path)
-    (tmp_path / "d.csv").write_text("old")
-    code, out, err = call("diff", *PAIR, "--csv", "d.csv", cwd=tmp_path)
+    assert call("diff", *PAIR, "--csv", "d.csv", cwd=tmp_path)[0] == 0
+    with (tmp_path / "d.csv").open("a") as file:
+        file.write("a row of an older pair\n")
+    code, out, err = call("diff", *PAIR, "--csv", "d.csv", cwd=tmp_path)  # replaces a table that surgery wrote
     assert (code, err) == (0, "")
-    assert out.splitlines()[-1] == "Wrote d.csv"
+    assert out.splitlines()[-1] == f"Wrote {tmp_path / 'd.csv'}"
     document = json.loads(call("diff", *PAIR, "--json", cwd=tmp_path)[1])
     with (tmp_path / "d.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -377,7 +379,8 @@ def test_without_matplotlib_a_plot_is_refused_with_the_way_to_get_it(
 
 def test_a_file_that_ends_early_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama_pair(tmp_path, shards=1)
-    (tmp_path / "d.csv").write_text("old")
+    assert call("diff", *PAIR, "--csv", "d.csv", cwd=tmp_path)[0] == 0
+    old = (tmp_path / "d.csv").read_bytes()
     real = measure
 
     def cut(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -388,5 +391,5 @@ def test_a_file_that_ends_early_leaves_the_old_table(tmp_path: Path, monkeypatch
     code, _, err = call("diff", *PAIR, "--csv", "d.csv", cwd=tmp_path)
     assert code == 1
     assert "ends in the middle of tensor" in err
-    assert (tmp_path / "d.csv").read_text() == "old"
+    assert (tmp_path / "d.csv").read_bytes() == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.csv", "ft", "pre"]

@@ -100,7 +100,7 @@ def test_refuses_what_is_not_finite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "CUDA"])
 def test_device_names(name: str) -> None:
-    with pytest.raises(OptionError, match="--device must be"):
+    with pytest.raises(OptionError, match="`device` must be"):
         find_device(name)
 
 
