@@ -56,6 +56,8 @@ ROLES = {
 }
 # What a message may have beside its role and content that a chat template looks at.
 PARTS = ("reasoning_content", "thinking", "reasoning", "tool_calls", "tool_call_id", "name")
+# What marks a message of a chat as learnt or not.
+MARKS = ("weight", "train", "learn")
 PREFERENCES = {"preferences": ("prompt", "chosen", "rejected"), "chat preferences": ("chosen", "rejected")}
 
 
@@ -119,9 +121,9 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
                     "the fields with `prompt_field` and `completion_field`."
                 )
         rows += _rows(where, record, kind, fields)
-        more |= {name: None for name in MORE.get(kind, ()) if record.get(name)}
-        for name in _unused(record, kind, fields):
-            unused[name] = unused.get(name, 0) + 1
+        more |= {extra: None for extra in MORE.get(kind, ()) if record.get(extra)}
+        for left in _unused(record, kind, fields):
+            unused[left] = unused.get(left, 0) + 1
         count += 1
     if not count:
         raise OptionError(f"{name}: holds no record. Check the file.")
@@ -194,12 +196,13 @@ def _sharegpt(where: str, record: Mapping[str, Any], value: Any) -> Any:
     turns = []
     for turn in value:
         speaker = turn.get("from", turn.get("role"))
-        if speaker not in ROLES:
+        role = ROLES.get(str(speaker).strip().lower())
+        if role is None:
             raise OptionError(
                 f"{where}: conversations has a message from {speaker!r}; known are {', '.join(ROLES)}. Rename it."
             )
         rest = {name: part for name, part in turn.items() if name not in ("from", "value", "role")}
-        turns.append({**rest, "role": ROLES[speaker], "content": turn.get("value", turn.get("content"))})
+        turns.append({**rest, "role": role, "content": turn.get("value", turn.get("content"))})
     if record.get("system"):
         turns.insert(0, {"role": "system", "content": record["system"]})
     return turns
@@ -207,7 +210,7 @@ def _sharegpt(where: str, record: Mapping[str, Any], value: Any) -> Any:
 
 def _answers(where: str, name: str, value: Any, tools: Any) -> list[Row]:
     turns = _messages(where, name, value)
-    shared = {"tools": tools if isinstance(tools, str) else json.dumps(tools)} if tools else {}
+    shared = {"tools": _tools(where, tools)} if tools else {}
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and index]
     rows = [
         {"prompt": turns[:index], "completion": [turns[index]], **shared}
@@ -217,6 +220,17 @@ def _answers(where: str, name: str, value: Any, tools: Any) -> list[Row]:
     if not answers:
         raise OptionError(f"{where}: no message of role assistant follows another one. Correct or remove the record.")
     return rows
+
+
+def _tools(where: str, tools: Any) -> str:
+    """What the assistant may call, as JSON: a list of objects."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
+        raise OptionError(f"{where}: field tools is no list of objects, nor JSON of one. Correct or remove the record.")
+    return json.dumps(found)
 
 
 def _text(where: str, field: str, value: Any) -> str:
@@ -229,7 +243,16 @@ def _text(where: str, field: str, value: Any) -> str:
 
 def _is_learnt(turn: Mapping[str, Any]) -> bool:
     """Whether an answer is to be learnt: not where it has a weight of 0, or train or learn that is false."""
-    return not any(turn.get(name) in (0, False) and turn.get(name) is not None for name in ("weight", "train", "learn"))
+    return not any(turn.get(name) in (0, False) and turn.get(name) is not None for name in MARKS)
+
+
+def _is_mark(key: str, held: Any, turn: Mapping[str, Any], kind: str) -> bool:
+    """Whether a mark has its effect: yes or no on an answer, or no on what is given anyway; other weights are not known."""
+    if key not in MARKS or kind not in (MESSAGES, SHAREGPT):
+        return False
+    speaker = str(turn.get("from", turn.get("role"))).strip().lower()
+    answers = speaker == "assistant" or (kind == SHAREGPT and ROLES.get(speaker) == "assistant")
+    return held in ((0, 1) if answers else (0,))
 
 
 def _messages(where: str, field: str, value: Any) -> list[dict[str, Any]]:
@@ -274,9 +297,9 @@ def _unused(record: Mapping[str, Any], kind: str, fields: tuple[str, ...]) -> li
             for turn in turns
             if isinstance(turn, Mapping)
             for key, held in turn.items()
-            if held not in (None, "", [])
+            if held not in (None, "", []) and not _is_mark(key, held, turn, kind)
         }
-        used = {"role", "content", "from", "value", "weight", "train", "learn", *PARTS}
+        used = {"role", "content", "from", "value", *PARTS}
         found += [f"{name}: {key}" for key in sorted(inner - used)]
     return found
 

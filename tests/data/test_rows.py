@@ -23,7 +23,8 @@ def chat(*turns: tuple[str, str]) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("who", "answers"), [("human", "gpt"), ("user", "assistant"), ("human", "chatgpt"), ("user", "model")]
+    ("who", "answers"),
+    [("human", "gpt"), ("user", "assistant"), ("human", "chatgpt"), ("Human", "GPT"), ("user", "model")],
 )
 def test_sharegpt_is_a_chat(tmp_path: Path, who: str, answers: str) -> None:
     turns = [(who, "2+2?"), (answers, "4"), (who, "3+3?"), (answers, "6")]
@@ -102,4 +103,33 @@ def test_every_field_that_is_not_used_is_named_with_its_count(tmp_path: Path) ->
         tmp_path, {"messages": message, "id": 1, "score": 0.5}, {"messages": message, "id": 2}, {"messages": message}
     )
     assert found.unused == {"id": 2, "score": 1, "messages: mood": 3}
+    assert found.name == str(tmp_path / "data.jsonl")
     assert found.sentence().endswith("Not used: id (2), score (1), messages: mood (3).")
+
+
+@pytest.mark.parametrize(
+    "mark", [(1, {"weight": 0.3}), (1, {"weight": 2}), (1, {"weight": "0"}), (0, {"train": True}), (0, {"weight": 1})]
+)
+def test_a_mark_that_has_no_effect_is_named(tmp_path: Path, mark: tuple[int, dict[str, Any]]) -> None:
+    turns: list[dict[str, Any]] = [*chat(("user", "a"), ("assistant", "b"))]
+    turns[mark[0]] |= mark[1]
+    assert read_rows(tmp_path, {"messages": turns}).unused == {f"messages: {next(iter(mark[1]))}": 1}
+
+
+@pytest.mark.parametrize("mark", [(1, {"weight": 0}), (1, {"train": True}), (0, {"train": False}), (0, {"weight": 0})])
+def test_a_mark_that_is_followed_is_not_named(tmp_path: Path, mark: tuple[int, dict[str, Any]]) -> None:
+    turns: list[dict[str, Any]] = [*chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    turns[mark[0]] |= mark[1]
+    assert not read_rows(tmp_path, {"messages": turns}).unused
+
+
+def test_marks_are_named_where_preferences_do_not_follow_them(tmp_path: Path) -> None:
+    chosen: list[dict[str, Any]] = [*chat(("user", "a")), {"role": "assistant", "content": "b", "weight": 0}]
+    pair = {"chosen": chosen, "rejected": chat(("user", "a"), ("assistant", "c"))}
+    assert read_rows(tmp_path, pair, task="dpo").unused == {"chosen: weight": 1}
+
+
+@pytest.mark.parametrize("tools", ["{not json", "3", [1], {"name": "add"}])
+def test_tools_that_are_no_list_of_objects_are_refused(tmp_path: Path, tools: Any) -> None:
+    with pytest.raises(OptionError, match="line 1: field tools"):
+        read_rows(tmp_path, {"messages": chat(("user", "a"), ("assistant", "b")), "tools": tools})
