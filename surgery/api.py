@@ -176,6 +176,7 @@ def evaluate(
         SurgeryError: the model or a measure is not as it should be.
     """
     from surgery.evaluation.measures import find_measures
+    from surgery.evaluation.scores import BasedMeasure
 
     scoring = Scoring(**options)
     found = find_measures(
@@ -187,6 +188,8 @@ def evaluate(
         prompt_field=scoring.prompt_field,
         completion_field=scoring.completion_field,
     )
+    if based := [measure.name for measure in found if isinstance(measure, BasedMeasure)]:
+        raise OptionError(f"{based[0]} compares a model with its base: use `surgery.compare`.")
     with scoring.bench(found) as bench:
         return bench.score(_subject(model, None if pre is None else open_base(str(pre)))).scores
 

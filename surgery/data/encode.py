@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
-MARK = "answer-of-the-assistant"
+MARK = "what-somebody-says"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
@@ -144,6 +144,18 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     tail = encode(tokenizer, text.rpartition(MARK)[2], special=False)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return tail[0] if tail and tail[0] in special else None
+
+
+def open_turn(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """A chat up to where the user's first message begins; None where no chat template renders such a chat."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        text = str(apply_template(tokenizer, [{"role": "user", "content": MARK}], tokenize=False))
+    except Exception:  # a template that takes no such chat opens none
+        return None
+    opened = encode(tokenizer, text.partition(MARK)[0], special=False)
+    return opened if MARK in text and opened else None
 
 
 def _open(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.checkpoint.checksum import weights_fingerprint
 from surgery.errors import CheckpointError, OptionError, SurgeryError
 from surgery.evaluation.cache import Cache
-from surgery.evaluation.scores import Measure, Scores
+from surgery.evaluation.scores import BasedMeasure, Measure, Scores, digest
 from surgery.evaluation.subject import Subject
 from surgery.provenance import versions
 
@@ -41,6 +41,15 @@ class Scored:
     scores: dict[str, Scores]
     distance: float | None
     effective_sparsity: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A model that is scored, by digests of what it is."""
+
+    subject: Subject
+    surroundings: str
+    fingerprint: str
 
 
 class Bench:
@@ -80,6 +89,7 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="surgery-")
         self._model: LanguageModel | None = None
         self._surroundings = ""
+        self._base: _Known | None = None
 
     def __enter__(self) -> Bench:
         return self
@@ -88,37 +98,81 @@ class Bench:
         self._model = None
         self._folder.cleanup()
 
-    def score(self, subject: Subject) -> Scored:
-        """Score a model, but for what is known already.
+    def score(self, subject: Subject, only: Mapping[str, Sequence[int]] | None = None) -> Scored:
+        """Score a model, but for what is known already. The first one is the base of measures that compare with a base.
+
+        Args:
+            only: for each measure's name the positions of the items to score it on; all items of all measures by default.
 
         Raises:
             SurgeryError: it cannot be scored.
         """
         surroundings = subject.surroundings()
         try:
-            return self._score(subject, surroundings)
+            return self._score(subject, surroundings, only)
         except SurgeryError as error:
             # What transformers reads is laid out in a folder of ours, of which nobody knows, and which is gone by then.
             error.args = (subject.named(str(error), self._laid_out(surroundings)),)
             raise
 
-    def _score(self, subject: Subject, surroundings: str) -> Scored:
+    def _score(self, subject: Subject, surroundings: str, only: Mapping[str, Sequence[int]] | None) -> Scored:
         self.observe(subject.label, "reading", 0, 0)
-        # Where nothing can be known, the weights are read into the model at once.
-        known = self.cache.folder is not None
-        fingerprint = (
-            weights_fingerprint(subject.checkpoint) if known else self._load(subject, surroundings).fingerprint
-        )
-        scores: dict[str, Scores] = {}
-        for measure in self.measures:
-            key = self._key(fingerprint, surroundings, measure)
+        model = _Known(subject, surroundings, self._fingerprint(subject, surroundings))
+        if self._base is None:
+            self._base = model
+            for measure in self.measures:
+                if isinstance(measure, BasedMeasure):
+                    measure.bind(f"{model.fingerprint} {surroundings}")
+        scores = {
+            measure.name: self._measured(measure, model, None if only is None else only[measure.name])
+            for measure in self.measures
+        }
+        return Scored(subject, model.fingerprint, scores, *subject.against())
+
+    def _fingerprint(self, subject: Subject, surroundings: str) -> str:
+        """The fingerprint of a model's weights. Where nothing can be known, they are read into memory at once."""
+        if self.cache.folder is None:
+            return self._load(subject, surroundings).fingerprint
+        if subject.recipe is None:
+            return weights_fingerprint(subject.checkpoint)
+        key = {"recipe": subject.recipe, "surgery": versions()["surgery"]}
+        found = self.cache.find_fingerprint(key)
+        if found is None:
+            found = self._load(subject, surroundings).fingerprint
+            self.cache.keep_fingerprint(key, found)
+        return found
+
+    def _measured(self, measure: Measure, model: _Known, only: Sequence[int] | None) -> Scores:
+        """A model's scores on a measure, all of them or those of some items; computed where they are not kept."""
+        key = self._key(model.fingerprint, model.surroundings, measure)
+        found = self.cache.find(key)
+        if found is not None:
+            return found if only is None else found.at(only)
+        if isinstance(measure, BasedMeasure) and model is self._base:
+            found = self._asked(measure)
+            return found if only is None else found.at(only)
+        if only is not None:
+            key |= {"only": digest(list(map(int, only)))}
             found = self.cache.find(key)
-            if found is None:
-                model = self._load(subject, surroundings, fingerprint)
-                found = measure.score(model, partial(self.observe, subject.label, measure.name))
-                self.cache.keep(key, found)
-            scores[measure.name] = found
-        return Scored(subject, fingerprint, scores, *subject.against())
+        if found is None:
+            if isinstance(measure, BasedMeasure) and not measure.asked:
+                self._asked(measure)
+            net = self._load(model.subject, model.surroundings, model.fingerprint)
+            found = measure.score(net, partial(self.observe, model.subject.label, measure.name), only)
+            self.cache.keep(key, found)
+        return found
+
+    def _asked(self, measure: BasedMeasure) -> Scores:
+        """The base's own scores on a measure that compares with it."""
+        assert self._base is not None
+        base, label = self._base, self._base.subject.label
+        key = self._key(base.fingerprint, base.surroundings, measure)
+        known = self.cache.find(key)
+        net = self._load(base.subject, base.surroundings, base.fingerprint)
+        found = measure.ask(net, known, partial(self.observe, label, measure.name))
+        if known is None:
+            self.cache.keep(key, found)
+        return found
 
     def _load(self, subject: Subject, surroundings: str, fingerprint: str | None = None) -> LanguageModel:
         """The model with the subject's weights in it, which are read unless those with the fingerprint are there."""

@@ -91,6 +91,27 @@ class Cache:
         with OutFile(path, SCORES, "cache") as file:
             file.write(json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace"))
 
+    def find_fingerprint(self, key: dict[str, Any]) -> str | None:
+        """The fingerprint of weights that was kept under a key, which says how they are made; None where there is none."""
+        path = self._path(key)
+        try:
+            found = json.loads(path.read_bytes()) if path else {}
+        except (OSError, ValueError):
+            return None
+        text = found.get("fingerprint") if isinstance(found, dict) and found.get("key") == _plain(key) else None
+        return text if isinstance(text, str) else None
+
+    def keep_fingerprint(self, key: dict[str, Any], fingerprint: str) -> None:
+        """Keep the fingerprint of weights under a key.
+
+        Raises:
+            OutputError: the disk is full, or the folder is gone.
+        """
+        path = self._path(key)
+        if path is not None:
+            with OutFile(path, SCORES, "cache") as file:
+                file.write(json.dumps({"key": _plain(key), "fingerprint": fingerprint}).encode())
+
     def _path(self, key: dict[str, Any]) -> Path | None:
         if self.folder is None:
             return None

@@ -3,9 +3,10 @@
     share         each item is right or wrong, or between: 0 to 1, higher is better (accuracy, exact match, ROUGE-L)
     loss          mean negative log-likelihood per token, in nats
     perplexity    exp of that
+    divergence    mean KL from the base model's predictions per token, in nats; 0 for the base model itself
 
 Scores of different kinds are put on one scale by `against`: a share counts as it is, a loss as how likely the model finds a token
-compared with a reference model, exp(loss_reference − loss), which for perplexities is their ratio.
+compared with a reference model, exp(loss_reference − loss), which for perplexities is their ratio. A divergence counts likewise.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from surgery.model.language_model import Advance, LanguageModel
 
-Kind = Literal["share", "loss", "perplexity"]
+Kind = Literal["share", "loss", "perplexity", "divergence"]
 Floats = NDArray[np.float64]
+Item = TypeVar("Item")
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -64,6 +66,12 @@ class Scores:
     @property
     def higher_is_better(self) -> bool:
         return self.kind == "share"
+
+    def at(self, chosen: Sequence[int]) -> Scores:
+        """The scores of some of the items, in that order."""
+        places = np.asarray(chosen, np.int64)
+        items = [self.items[place] for place in chosen] if len(self.items) else ()
+        return Scores(self.kind, self.values[places], self.weights[places], items)
 
     def resampled(self) -> Floats:
         """The means of bootstrap samples of the items, [RESAMPLES], paired with those of any other scores of as many items."""
@@ -129,12 +137,55 @@ class Measure(Protocol):
     kind: Kind
     settings: dict[str, Any]
 
-    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+    def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model.
+
+        Args:
+            only: the positions of the items to measure it on; all of them by default.
 
         Raises:
             SurgeryError: it cannot be measured on this model.
         """
+
+
+@runtime_checkable
+class BasedMeasure(Measure, Protocol):
+    """A measure that compares every model with a base model, which has to be asked first.
+
+    Its settings name the base, whose own scores hold what else the measure has to know about it.
+    """
+
+    def bind(self, base: str) -> None:
+        """Name the base, by a digest of all that it is."""
+
+    def ask(self, base: LanguageModel, known: Scores | None, advance: Advance) -> Scores:
+        """Remember what the base model says.
+
+        Args:
+            known: its own scores, if they were kept: then only what they do not hold is computed.
+
+        Returns:
+            The base's own scores.
+        """
+
+    @property
+    def asked(self) -> bool:
+        """Whether the base was asked."""
+
+
+def picked(items: Sequence[Item], only: Sequence[int] | None) -> Sequence[Item]:
+    """The items at some positions; all of them where none are named."""
+    return items if only is None else [items[place] for place in only]
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of a model on several sets of items of one measure, as one."""
+    return Scores(
+        parts[0].kind,
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+        [item for part in parts for item in part.items],
+    )
 
 
 def digest(items: Any) -> str:

@@ -25,7 +25,7 @@ class Scoring:
 
     Attributes:
         task: the downstream task, a file, a folder of files, or a task of lm-evaluation-harness; several are averaged.
-        general: general ability, likewise.
+        general: general ability, likewise; or "self", see `surgery.evaluation.measures.own_text`.
         metric: of the tasks that are files, where their fields allow several; see `surgery.evaluation.measures`.
         limit: items of each measure at most, the first ones.
         prompt_field, completion_field: of records with other names for them.
@@ -44,7 +44,13 @@ class Scoring:
         shown=False,
         panel=SCORES,
     )
-    general: tuple[str, ...] = option((), help="General ability, likewise.", shown=False, panel=SCORES)
+    general: tuple[str, ...] = option(
+        (),
+        help="General ability, likewise; or [b]self[/b]: the divergence from pre on text that pre itself writes, which needs no "
+        "data.",
+        shown=False,
+        panel=SCORES,
+    )
     metric: str | None = option(
         None,
         help="Of --task: [b]loss[/b] of the answers, or generated answers that are [b]exact[/b], [b]numeric[/b] (the final "
@@ -92,8 +98,10 @@ class Scoring:
         Raises:
             OptionError: a file or an option is not as it should be, or one of the two is missing.
         """
-        from surgery.evaluation.measures import find_measures
+        from surgery.evaluation.measures import find_measures, own_text
 
+        if own_text.NAME in self.task:
+            raise OptionError(f"`task` {own_text.NAME}: is a measure of general ability. Give it with `general`.")
         for name, specs in (("task", self.task), ("general", self.general)):
             if not specs and (general or name == "task"):
                 raise OptionError(f"`{name}` is missing. Give a file, or a task of lm-evaluation-harness.")

@@ -38,6 +38,7 @@ class Subject:
         checkpoint: its weights.
         files: what lies beside them: name -> where its content is.
         method, parameters, command: how it was made, where that is known.
+        recipe: all that its weights follow from, where they are computed from others: a key to their fingerprint.
         against: measures (distance D, effective sparsity) from pre; None where the subject is pre.
     """
 
@@ -47,6 +48,7 @@ class Subject:
     method: str | None = None
     parameters: dict[str, Any] | None = None
     command: list[str] | None = None
+    recipe: dict[str, Any] | None = field(default=None, kw_only=True, repr=False)
     against: Callable[[], tuple[float | None, float | None]] = field(default=lambda: (None, None), repr=False)
 
     def surroundings(self) -> str:

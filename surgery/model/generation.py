@@ -12,7 +12,7 @@ from surgery.errors import CheckpointError, OptionError, reason
 from surgery.model.language_model import Advance, LanguageModel
 from surgery.model.likelihood import check_ids
 
-SAMPLED = 16  # texts that are written at once, whatever the batch size, so that a seed means one thing
+SAMPLED = 32  # texts that are written at once, whatever the batch size, so that a seed means one thing
 TAIL = 16  # tokens in which the stop is looked for
 
 

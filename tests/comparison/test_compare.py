@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Fixed:
     kind: Kind
     settings: dict[str, Any]
 
-    def score(self, model: Any, advance: Advance) -> Scores:
+    def score(self, model: Any, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         raise AssertionError("nothing is scored here")
 
 
@@ -123,7 +124,7 @@ class Total:
     def __post_init__(self) -> None:
         self.settings = {"measure": self.name}
 
-    def score(self, model: Any, advance: Advance) -> Scores:
+    def score(self, model: Any, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         self.calls += 1
         values = [float(value.double().abs().mean()) for value in model.model.state_dict().values()]
         return Scores("loss", np.array(values), np.ones(len(values)))

@@ -33,7 +33,12 @@ CAPTIONS = {
     "curves": "Downstream and general score against the setting of each method",
     "skills": "The score of each row on each measure",
 }
-KINDS = {"share": "share, higher is better", "loss": "nats per token, lower is better", "perplexity": "lower is better"}
+KINDS = {
+    "share": "share, higher is better",
+    "loss": "nats per token, lower is better",
+    "perplexity": "lower is better",
+    "divergence": "nats per token from pre, lower is better",
+}
 
 
 def page(document: dict[str, Any]) -> bytes:

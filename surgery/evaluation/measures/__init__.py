@@ -1,5 +1,6 @@
 """What a user names -> what is measured: files of text, questions or sentences, and tasks of lm-evaluation-harness.
 
+    self                                            divergence on text that the base model writes
     .txt, or records with "text"                    perplexity
     sentence_good, sentence_bad                     acc: the share of pairs where the good one is likelier
     choices, options or endings                     acc, or acc_norm
@@ -18,8 +19,9 @@ from pathlib import Path
 
 from surgery.data.records import ENDINGS
 from surgery.errors import OptionError
-from surgery.evaluation.measures import answer_loss, choices, generated, perplexity
+from surgery.evaluation.measures import answer_loss, choices, generated, own_text, perplexity
 from surgery.evaluation.measures.file import PLAIN, File, Maker, Options
+from surgery.evaluation.measures.own_text import OwnText
 from surgery.evaluation.scores import Measure
 from surgery.paths import exists, expanded
 
@@ -29,11 +31,16 @@ SPLITS = ("train", "test", "valid", "validation", "val", "dev", "eval", "data") 
 
 @dataclass(frozen=True)
 class Source:
-    """What one word of the user's names: a file and perhaps a metric, or a task of the harness."""
+    """What one word of the user's names: a file and perhaps a metric, the base's own text, or a task of the harness."""
 
     typed: str
     file: Path | None = None
     metric: str | None = None
+
+    @property
+    def is_task(self) -> bool:
+        """Whether it is a task of the harness."""
+        return self.file is None and self.typed != own_text.NAME
 
 
 # In the order in which they are asked whether a file is for them.
@@ -62,10 +69,10 @@ def find_measures(
     """The measures that a user names, in that order.
 
     Args:
-        specs: each a file, `FILE:METRIC`, a folder of files, or a task of lm-evaluation-harness (what is no path and does not end
-            like a data file; or a .yaml file); or several of them with commas between.
+        specs: each a file, `FILE:METRIC`, a folder of files, "self", or a task of lm-evaluation-harness (what is no path and does
+            not end like a data file; or a .yaml file); or several of them with commas between.
         metric: of every file that names none itself.
-        limit: only the first items of each: rows, questions, pairs, or windows of text.
+        limit: only the first items of each: rows, questions, pairs, windows or passages of text.
         seq_len: tokens in a window of text.
         max_new_tokens: of a generated answer.
         prompt_field, completion_field: fields of a record that hold the question and its answer; the latter alone is plain text.
@@ -80,7 +87,7 @@ def find_measures(
     sources = [source for spec in specs for source in _sources(spec)]
     if specs and not sources:
         raise OptionError(f"{specs[0]!r} names no file and no task. Give a file, or a task of lm-evaluation-harness.")
-    tasks = [source for source in sources if source.file is None]
+    tasks = [source for source in sources if source.is_task]
     if metric is not None and sources and len(tasks) == len(sources):
         raise OptionError(
             f"`metric` {metric} is for files, and {tasks[0].typed} is a task of lm-evaluation-harness, which has its own. "
@@ -89,7 +96,7 @@ def find_measures(
     measures: list[Measure] = []
     names = set(taken)
     files = [source for source in sources if source.file]
-    for harness, group in groupby(sources, key=lambda source: source.file is None):
+    for harness, group in groupby(sources, key=lambda source: source.is_task):
         if harness:
             from surgery.evaluation.measures.harness import harness_measures
 
@@ -97,6 +104,8 @@ def find_measures(
         else:
             measures += [
                 _measure(File(source.typed, _name(source, files, names), source.metric or metric, options))
+                if source.file
+                else OwnText(limit or own_text.PASSAGES)
                 for source in group
             ]
         names |= {measure.name for measure in measures}
@@ -115,6 +124,8 @@ def _sources(spec: str) -> list[Source]:
     """What a word of the command line names."""
     if not spec.strip():
         return []
+    if spec == own_text.NAME:
+        return [Source(spec)]
     whole = _source(spec)
     if whole or "," not in spec:
         return whole or [Source(spec)]

@@ -6,6 +6,7 @@ of a held-out loss there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from surgery.data.encode import learnt
 from surgery.data.rows import Row
 from surgery.errors import OptionError
 from surgery.evaluation.measures.file import File, Maker
-from surgery.evaluation.scores import Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest, picked
 
 if TYPE_CHECKING:
     from surgery.model.language_model import Advance, LanguageModel
@@ -37,11 +38,12 @@ class AnswerLoss:
     def __post_init__(self) -> None:
         self.settings = {"measure": "answer loss", "items": digest(self.rows)}
 
-    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+    def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a row is an item, and weighs as many tokens as its answer has."""
         from surgery.model.likelihood import fit, loglikelihoods
 
-        pairs = [learnt(model.tokenizer, row, model.folder) for row in self.rows]
+        rows = picked(self.rows, only)
+        pairs = [learnt(model.tokenizer, row, model.folder) for row in rows]
         for number, (_, answer) in enumerate(pairs, 1):
             if not answer:
                 raise OptionError(f"{self.name}: row {number} has no token to predict. Remove it.")
@@ -49,7 +51,7 @@ class AnswerLoss:
         found = loglikelihoods(model, pairs, advance)
         weights = np.array([len(answer) for _, answer in pairs], np.float64)
         values = -np.array([sum_ for sum_, _ in found]) / weights
-        return Scores(self.kind, values, weights, self.rows, {"contexts_cut": cut} if cut else {})
+        return Scores(self.kind, values, weights, rows, {"contexts_cut": cut} if cut else {})
 
 
 def _make(file: File) -> AnswerLoss | None:

@@ -8,7 +8,7 @@ Names and rules are lm-evaluation-harness's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 from surgery.data.encode import encode, parts, prefix
 from surgery.errors import OptionError
 from surgery.evaluation.measures.file import File, Maker
-from surgery.evaluation.scores import Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest, picked
 
 if TYPE_CHECKING:
     from surgery.model.language_model import Advance, LanguageModel
@@ -52,19 +52,20 @@ class MultipleChoice:
             "metric": "acc_norm" if self.normalised else "acc",
         }
 
-    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+    def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a question is an item, right or wrong."""
         from surgery.model.likelihood import fit, loglikelihoods
 
+        questions = picked(self.questions, only)
         pairs = [
             parts(model.tokenizer, question["context"], f" {choice}", model.folder)
-            for question in self.questions
+            for question in questions
             for choice in question["choices"]
         ]
         pairs, cut = fit(model, pairs)
         found = iter(loglikelihoods(model, pairs, advance))
         items = []
-        for question in self.questions:
+        for question in questions:
             sums = [next(found)[0] for _ in question["choices"]]
             lengths = [len(choice) if self.normalised else 1 for choice in question["choices"]]
             chosen = int(np.argmax(np.array(sums) / np.array(lengths)))
@@ -89,17 +90,18 @@ class MinimalPairs:
     def __post_init__(self) -> None:
         self.settings = {"measure": "minimal pairs", "items": digest(self.pairs)}
 
-    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+    def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a pair is an item, right or wrong."""
         from surgery.model.likelihood import loglikelihoods
 
         before = prefix(model.tokenizer, model.folder)
-        texts = [pair[name] for pair in self.pairs for name in PAIR]
+        pairs = picked(self.pairs, only)
+        texts = [pair[name] for pair in pairs for name in PAIR]
         found = loglikelihoods(
             model, [([before], encode(model.tokenizer, text, special=False)) for text in texts], advance
         )
         sums = [(found[at][0], found[at + 1][0]) for at in range(0, len(found), 2)]
-        items = [{**pair, "log_likelihoods": list(both)} for pair, both in zip(self.pairs, sums, strict=True)]
+        items = [{**pair, "log_likelihoods": list(both)} for pair, both in zip(pairs, sums, strict=True)]
         values = np.array([good > bad for good, bad in sums], np.float64)
         return Scores(self.kind, values, np.ones(len(items)), items)
 

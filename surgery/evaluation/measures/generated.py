@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from surgery.data.rows import Row
 from surgery.errors import OptionError
 from surgery.evaluation.measures.file import File, Maker
 from surgery.evaluation.measures.matching import METRICS, final_number, words
-from surgery.evaluation.scores import Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest, picked
 
 if TYPE_CHECKING:
     from surgery.model.language_model import Advance, LanguageModel
@@ -59,19 +60,20 @@ class Generated:
             **({"keep_reasoning": True} if self.keep_reasoning else {}),
         }
 
-    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+    def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a question is an item."""
         from surgery.model.generation import generate
 
+        questions = picked(self.questions, only)
         prompts = [
             prompt_ids(model.tokenizer, prompt, model.folder) or [prefix(model.tokenizer, model.folder)]
-            for prompt, _ in self.questions
+            for prompt, _ in questions
         ]
         answers, cut = generate(model, prompts, self.max_new_tokens, self.stop, advance)
         items: list[dict[str, Any]] = []
         values = []
         extra: dict[str, float] = {"contexts_cut": cut} if cut else {}
-        for (prompt, reference), answer in zip(self.questions, answers, strict=True):
+        for (prompt, reference), answer in zip(questions, answers, strict=True):
             items.append({"prompt": prompt, "reference": reference, "generated": answer})
             said = answer if self.keep_reasoning else without_reasoning(answer, reference)
             if said != answer:

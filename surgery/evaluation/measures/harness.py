@@ -118,7 +118,7 @@ class HarnessTask:
             "items": _digest(doc for task in self.tasks for doc in _documents(task, self.limit)),
         }
 
-    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+    def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model.
 
         Returns:
@@ -127,9 +127,17 @@ class HarnessTask:
         Raises:
             OptionError: the harness fails, or its number is not the mean of its items.
         """
-        found = self._evaluate(model, advance)
+        counts = [_count(task, self.limit) for task in self.tasks]
+        places = self._places(counts, only)
+        asked = [task for task, held in zip(self.tasks, places, strict=True) if held is None or held]
+        chosen = {
+            task.task_name: held for task, held in zip(self.tasks, places, strict=True) if held is not None and held
+        }
+        found = self._evaluate(model, advance, asked, chosen or None)
         values, weights, items = [], [], []
-        for task in self.tasks:
+        for task, count in zip(self.tasks, counts, strict=True):
+            if task not in asked:
+                continue
             samples = [
                 sample
                 for sample in found["samples"][task.task_name]
@@ -137,42 +145,62 @@ class HarnessTask:
             ]
             value, weight = _values(self.metric, samples)
             values.append(value)
-            weights.append(weight if self.metric.by_size else weight / max(len(weight), 1))
+            whole = len(weight) if only is None else count
+            weights.append(weight if self.metric.by_size else weight * sum(counts) / (max(whole, 1) * len(self.tasks)))
             label = {"task": task.task_name} if len(self.tasks) > 1 else {}
             items += [label | _item(sample) for sample in samples]
-        weight = np.concatenate(weights)
-        if not self.metric.by_size:
-            weight *= len(weight) / len(self.tasks)
-        results = found["results"][self.name]
-        stderr = results.get(self.metric.stderr)
-        extra = {"stderr": float(stderr)} if isinstance(stderr, (int, float)) else {}
-        scores = Scores(self.kind, np.concatenate(values), weight, items, extra)
-        number = results.get(self.metric.key, math.nan)
-        if not len(items) or not math.isclose(scores.value, number, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-            raise OptionError(
-                f"{self.name}: {self.metric.name} is {number} by lm-evaluation-harness, which is not the mean of its items. "
-                "Choose another task."
-            )
+        scores = Scores(self.kind, np.concatenate(values), np.concatenate(weights), items)
+        scores = (
+            self._checked(scores, found["results"])
+            if only is None
+            else scores.at(np.argsort(np.argsort(only)).tolist())
+        )
         if self.kind == "share" and not (scores.values.min() >= 0 and scores.values.max() <= 1):
             raise OptionError(f"{self.name}: {self.metric.name} is not a share, from 0 to 1. Choose another task.")
         return scores
 
-    def _evaluate(self, model: LanguageModel, advance: Advance) -> dict[str, Any]:
+    def _places(self, counts: Sequence[int], only: Sequence[int] | None) -> list[list[int] | None]:
+        """Which of each task's items are measured, in order; None for all of them."""
+        ends = np.cumsum(counts)
+        return [
+            None if only is None else sorted(place - end + count for place in only if end - count <= place < end)
+            for end, count in zip(ends.tolist(), counts, strict=True)
+        ]
+
+    def _checked(self, scores: Scores, results: dict[str, Any]) -> Scores:
+        """The scores with the harness's standard error, if their mean is the harness's number."""
+        results = results[self.name]
+        stderr = results.get(self.metric.stderr)
+        number = results.get(self.metric.key, math.nan)
+        if not len(scores.items) or not math.isclose(scores.value, number, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            raise OptionError(
+                f"{self.name}: {self.metric.name} is {number} by lm-evaluation-harness, which is not the mean of its items. "
+                "Choose another task."
+            )
+        return replace(scores, extra={"stderr": float(stderr)} if isinstance(stderr, (int, float)) else {})
+
+    def _evaluate(
+        self, model: LanguageModel, advance: Advance, tasks: list[Any], chosen: dict[str, list[int]] | None
+    ) -> dict[str, Any]:
+        """The harness's results of the whole part, or of some tasks' chosen items."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         network: Any = model.model
+        limit = None if chosen else self.limit
         # The harness would tie weights that the checkpoint has apart, and give the tokenizer a padding token.
         network.tie_weights = lambda: None
         try:
             with contained(), model.running(), _explained(self.name):
                 asked = HFLM(pretrained=network, tokenizer=copy.deepcopy(model.tokenizer), batch_size=model.batch)
-                asked.set_cache_hook(_Progress(self.tasks, self.limit, advance))
+                items = sum(map(len, chosen.values())) if chosen else sum(_count(task, limit) for task in tasks)
+                asked.set_cache_hook(_Progress(tasks, items, advance))
                 found: dict[str, Any] = simple_evaluate(
                     model=asked,
-                    tasks=[self.part],
-                    limit=self.limit,
-                    bootstrap_iters=RESAMPLES if self.metric.aggregation == "perplexity" else FEW,
+                    tasks=tasks if chosen else [self.part],
+                    limit=limit,
+                    samples=chosen,
+                    bootstrap_iters=RESAMPLES if self.metric.aggregation == "perplexity" and not chosen else FEW,
                     task_manager=self.manager,
                 )
         finally:
@@ -196,15 +224,19 @@ def _explained(name: str) -> Iterator[None]:
 class _Progress:
     """Counts answered requests, where the harness would keep them in a cache."""
 
-    def __init__(self, tasks: list[Any], limit: int | None, advance: Advance) -> None:
-        self.tasks, self.advance, self.done, self.requests = tasks, advance, 0, 0
-        self.items = sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in tasks)
+    def __init__(self, tasks: list[Any], items: int, advance: Advance) -> None:
+        self.tasks, self.items, self.advance, self.done, self.requests = tasks, items, advance, 0, 0
 
     def add_partial(self, *_: object) -> None:
         if not self.requests:  # which the harness makes after this was made
             self.requests = sum(instance.repeats for task in self.tasks for instance in task.instances)
         self.done += 1
         self.advance(self.items * self.done // self.requests, self.items)
+
+
+def _count(task: Any, limit: int | None) -> int:
+    """How many items of a task are measured."""
+    return min(len(task.eval_docs), limit or len(task.eval_docs))
 
 
 def _measured(part: Any) -> list[tuple[Any, list[Any], Metric]]:

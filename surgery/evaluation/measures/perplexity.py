@@ -6,6 +6,7 @@ is the tokenizer's end-of-text token, as in calibration.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from surgery.data.encode import encode
 from surgery.errors import OptionError
 from surgery.evaluation.measures.file import File, Maker
-from surgery.evaluation.scores import Kind, Scores, digest
+from surgery.evaluation.scores import Kind, Scores, digest, picked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ class Perplexity:
             "windows": self.windows,
         }
 
-    def score(self, model: LanguageModel, advance: Advance) -> Scores:
+    def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a window is an item, and weighs as many tokens as are predicted in it."""
         from surgery.model.likelihood import loglikelihoods
 
@@ -61,10 +62,12 @@ class Perplexity:
         cut = [window for window in cut if len(window) > 1]
         if not cut:
             raise OptionError(f"{self.name}: holds no two tokens of text. Give more.")
-        found = loglikelihoods(model, [(window[:1], window[1:]) for window in cut], advance)
-        weights = np.array([len(window) - 1 for window in cut], np.float64)
+        places = picked(range(len(cut)), only)
+        windows = [cut[place] for place in places]
+        found = loglikelihoods(model, [(window[:1], window[1:]) for window in windows], advance)
+        weights = np.array([len(window) - 1 for window in windows], np.float64)
         values = -np.array([sum_ for sum_, _ in found]) / weights
-        items = [{"first_token": number * length} for number in range(len(cut))]
+        items = [{"first_token": place * length} for place in places]
         return Scores(self.kind, values, weights, items, {"seq_len": length} if length < self.seq_len else {})
 
 
