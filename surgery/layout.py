@@ -202,6 +202,11 @@ def tower(name: str) -> str:
     return found[1] if found else ""
 
 
+def head_beside(embedding: str) -> str:
+    """What the head that belongs to a token embedding is called."""
+    return ("language_model." if embedding.startswith("language_model.model.") else "") + "lm_head.weight"
+
+
 _KEY_VALUE = _any(r"k_proj|v_proj|k_norm|v_norm|kv_proj|key_proj|value_proj")
 
 

@@ -97,8 +97,9 @@ def pair(pre: Checkpoint, ft: Checkpoint, *, strict: bool = False) -> Pair:
     unknown = [item.ft.name for item in items if item.place.category == "other" and not item.place.buffer]
     if unknown:
         notes.append(f"{some(unknown, 'has a name', 'have names')} that surgery does not know: kept as in ft.")
-    tied = tied_names(ft.folder, ft.tensors)
-    apart = tied is None and parted(ft.folder, ft.tensors)
+    described = pre.folder if ft.borrows else ft.folder
+    tied = tied_names(described, ft.tensors)
+    apart = tied is None and parted(described, ft.tensors)
     if tied:
         notes.append(f"{tied[1]} is tied to {tied[0]}, and both are stored: they are edited alike.")
     if apart:

@@ -11,6 +11,7 @@ from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.formats import FORMATS, Base, Choice, by_ending, choose
 from surgery.checkpoint.hub import Source, resolve
 from surgery.checkpoint.tensor import Tensor
+from surgery.checkpoint.tied import config_of
 from surgery.errors import CheckpointError, PairError
 from surgery.layout import unwrapped
 
@@ -139,7 +140,11 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters
     if choice.beside:  # as transformers loads it
         other = open_checkpoint(source, adapters=False)
         notes.append(f"{source.folder} holds a model and an adapter beside it: the model with the adapter is meant.")
-    base = Base(other.tensors, other.files, other.container) if other else None
+    base = (
+        Base(other.tensors, other.files, other.container, config_of(other.folder), other.source.typed)
+        if other
+        else None
+    )
     opened = FORMATS[choice.format].open(source.folder / choice.inside, choice, base)
     notes += [note for note in opened.notes if note not in notes]
     if factor := next((name for name in opened.tensors if UNMERGED.search(name)), None):

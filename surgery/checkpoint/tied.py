@@ -6,24 +6,33 @@ parted them, config.json must say so, or a loader would drop the head that was t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Tensor
-from surgery.layout import place, tower
+from surgery.layout import head_beside, place, tower
 
 CONFIG = "config.json"
 KEY = "tie_word_embeddings"
 READ_BYTES = 1 << 20
+TEXT = ("text_config", "llm_config", "language_config")
+# Classes of models that have a head, stored or tied.
+HEADED = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
     """What config.json says, in the part of the text model too; None where it does not say."""
-    parts = [config.get(name) for name in ("text_config", "llm_config", "language_config")]
-    said = [part[KEY] for part in (*parts, config) if isinstance(part, Mapping) and isinstance(part.get(KEY), bool)]
+    said = [part[KEY] for part in (*_parts(config), config) if isinstance(part.get(KEY), bool)]
     return any(said) if said else None
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What config.json says of the text model by itself."""
+    parts = (config.get(name) for name in TEXT)
+    return [part for part in parts if isinstance(part, Mapping)]
 
 
 def embedding_and_head(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
@@ -54,6 +63,25 @@ def tied_names(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str] |
     return names if same_bytes(tensors[names[0]], tensors[names[1]]) else None
 
 
+def tying(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The embedding and the head that a model ties, by their names, whether the head is stored or not; None where it ties none.
+
+    Args:
+        config: the model's config.json.
+    """
+    said = says_tied(config)
+    if any(_matrix(name, tensor, "head") for name, tensor in tensors.items()):
+        names = embedding_and_head(tensors)
+        return names if names and said and same_bytes(tensors[names[0]], tensors[names[1]]) else None
+    classes = config.get("architectures")
+    headed = any(HEADED.search(str(name)) for name in classes) if isinstance(classes, list) and classes else bool(said)
+    if said is False or not headed:
+        return None
+    rows = {part.get("vocab_size") for part in (config, *_parts(config))}
+    found = [name for name, tensor in tensors.items() if _matrix(name, tensor, "embedding") and tensor.shape[0] in rows]
+    return (found[0], head_beside(found[0])) if len(found) == 1 else None
+
+
 def parted(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
     """Whether config.json ties a head that the checkpoint stores with numbers of its own."""
     names = embedding_and_head(tensors)
@@ -78,7 +106,7 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with a head of its own."""
     changed = {**config, KEY: False}
-    for name in ("text_config", "llm_config", "language_config"):
+    for name in TEXT:
         if isinstance(config.get(name), Mapping) and KEY in config[name]:
             changed[name] = {**config[name], KEY: False}
     return changed

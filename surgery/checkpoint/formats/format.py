@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,18 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The other side of a pair, for a format that builds on it."""
+    """The other side of a pair, for a format that builds on it.
+
+    Attributes:
+        config: its config.json; empty where there is none.
+        typed: what the user called it.
+    """
 
     tensors: Mapping[str, Tensor]
     files: Mapping[str, Path]
-    container: Container | None
+    container: Container | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    typed: str = ""
 
 
 @dataclass(frozen=True, slots=True)

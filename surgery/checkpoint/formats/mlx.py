@@ -8,19 +8,15 @@ with a [in, r] and b [r, out], and s as adapter_config.json gives it (`lora_para
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from surgery.checkpoint.dtypes import BITS
-from surgery.checkpoint.formats import adapter
+from surgery.checkpoint.formats import adapter, lora
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened
 from surgery.checkpoint.formats.safetensors import read_header
 from surgery.checkpoint.readable import read_json
-from surgery.checkpoint.tensor import Computed, Sink, Tensor, read_bytes
+from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError
 from surgery.layout import align
 
@@ -29,13 +25,13 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>[ab])")
 FUSE = "Fuse it with `mlx_lm.fuse --model BASE --adapter-path {folder} --de-quantize`, and give the folder that this writes."
 
 
-def read(config: Path, weights: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read(config: Path, weights: Path, base: Base) -> dict[str, Tensor]:
     """Every tensor of the fine-tuned model, in the order and under the names of the base's.
 
     Args:
         config: adapter_config.json.
         weights: adapters.safetensors.
-        base: the tensors of the model that it was made for.
+        base: the model that it was made for.
 
     Raises:
         CheckpointError: not a plain LoRA adapter of mlx-lm, damaged, or made for another model.
@@ -58,12 +54,12 @@ def read(config: Path, weights: Path, base: Mapping[str, Tensor]) -> dict[str, T
             whole[key] = tensor
     if factors and (isinstance(scale, bool) or not isinstance(scale, int | float)):
         raise CheckpointError(f"{config}: says no lora_parameters.scale. {way}")
-    names, _ = align(base, [*(f"{module}.weight" for module in factors), *whole])
-    tuned = dict(base)
+    names, _ = align(base.tensors, [*(f"{module}.weight" for module in factors), *whole])
+    tuned = dict(base.tensors)
     for key, tensor in whole.items():
         if key not in names:
             raise adapter.no_base(weights, key)
-        tuned[names[key]] = adapter.replaced(weights, tensor, base[names[key]])
+        tuned[names[key]] = adapter.replaced(weights, tensor, base.tensors[names[key]])
     for module, pair in factors.items():
         if f"{module}.weight" not in names:
             raise adapter.no_base(weights, f"{module}.weight")
@@ -75,24 +71,11 @@ def read(config: Path, weights: Path, base: Mapping[str, Tensor]) -> dict[str, T
                 f"{weights}: {module} has shape {[pair['b'].shape[1], pair['a'].shape[0]]}, and {before.name} of the base "
                 f"{list(before.shape)}. Give the base that it was made for."
             )
-        update = adapter.Update(_transposed(pair["a"]), _transposed(pair["b"]), float(scale or 0), False, False)
-        tuned[before.name] = replace(before, data=adapter.Computed(weights, before, before.dtype, update), start=0)
+        delta = lora.low_rank(pair["b"], pair["a"], float(scale or 0), transposed=True)
+        tuned[before.name] = replace(
+            before, data=lora.Computed(weights, before, before.dtype, lora.Added(delta)), start=0
+        )
     return tuned
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    """A small matrix the other way round."""
-    return Tensor(
-        tensor.name,
-        tensor.dtype,
-        (tensor.shape[1], tensor.shape[0]),
-        Computed(tensor.path, tensor.nbytes, partial(_turn, tensor)),
-    )
-
-
-def _turn(tensor: Tensor, sink: Sink) -> None:
-    word = np.dtype(f"u{BITS[tensor.dtype] // 8}")
-    sink.write(0, np.ascontiguousarray(np.frombuffer(read_bytes(tensor), word).reshape(tensor.shape).T))
 
 
 def _find(names: Collection[str]) -> Choice | None:

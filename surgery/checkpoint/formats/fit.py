@@ -1,0 +1,185 @@
+"""The tensors of an adapter held against the weight that they change, and what they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from surgery.checkpoint.formats import lora
+from surgery.checkpoint.formats.adapter_config import MERGE, Settings
+from surgery.checkpoint.formats.format import Base
+from surgery.checkpoint.formats.whole import Kernel, Principal
+from surgery.checkpoint.tensor import Tensor
+from surgery.errors import CheckpointError
+from surgery.layout import place
+
+# Models that hold each expert as [in, out].
+TURNED = ("gpt_oss", "aria_text", "openai_privacy_filter", "llama4_text")
+Parts = Mapping[str, Tensor]
+
+
+class Fit:
+    """The weights of a base with what an adapter adds to them.
+
+    Every method returns the changed weight for the weight before, and raises CheckpointError where the two do not fit.
+    """
+
+    def __init__(self, weights: Path, settings: Settings, base: Base) -> None:
+        self.weights, self.settings, self.base, self.experts = weights, settings, base, lora.Experts()
+
+    def _computed(self, before: Tensor, change: lora.Change) -> Tensor:
+        return replace(before, data=lora.Computed(self.weights, before, before.dtype, change), start=0)
+
+    def rows(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """Trained rows of an embedding put in their places."""
+        rows, indices = parts["trainable_tokens_delta"], self.settings.rows(module)
+        if (
+            rows.shape != (len(indices), *before.shape[1:])
+            or len(before.shape) != 2
+            or max(indices, default=0) >= before.shape[0]
+        ):
+            raise CheckpointError(
+                f"{self.weights}: {module} has rows of shape {list(rows.shape)}, where {self.settings.path.name} names "
+                f"{len(indices)} tokens and the base has {list(before.shape)}. Give the base that it was made for as `pre`."
+            )
+        self._floats(module, before, rows)
+        return self._computed(before, lora.Replaced(rows, indices))
+
+    def bias(self, module: str, bias: Tensor, before: Tensor) -> Tensor:
+        """A bias of B added to the bias of the layer."""
+        if bias.shape != before.shape or not self.settings.biased:
+            raise CheckpointError(f"{self.weights}: {module}.lora_B.bias is no part of plain LoRA. {MERGE}")
+        self._floats(module, before, bias)
+        left, right = lora.one, partial(lora.row, bias)
+        return self._computed(before, lora.Added(lora.LowRank(left, right, self.settings.scale(module))))
+
+    def weight(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """Factors added to the weight of a linear layer, an embedding or a convolution."""
+        embedding = "lora_embedding_A" in parts
+        a, b = self._pair(module, parts, "lora_embedding_" if embedding else "lora_")
+        self._floats(module, before, a, b)
+        rank = self.settings.rank(module)
+        if (
+            not 2 <= len(a.shape) == len(before.shape) == len(b.shape) <= 5
+            or a.shape[2:] != before.shape[2:]
+            or set(b.shape[2:]) - {1}
+        ):
+            raise CheckpointError(
+                f"{self.weights}: {module} has A of shape {list(a.shape)}, B of {list(b.shape)} and in the base "
+                f"{list(before.shape)}, so it is no linear layer, embedding or convolution. {MERGE}"
+            )
+        if not a.shape[0] == b.shape[1] == rank:
+            raise CheckpointError(
+                f"{self.weights}: {module} has A of rank {a.shape[0]} and B of rank {b.shape[1]}, where "
+                f"{self.settings.path.name} says {rank}. Save the adapter again."
+            )
+        sizes = (b.shape[0], a.shape[1])
+        square = sizes[0] == sizes[1] and self._turned and place(before.name).layer is not None
+        transposed = embedding or (len(a.shape) == 2 and (square or sizes != before.shape))
+        if before.shape[:2] != (sizes[::-1] if transposed else sizes):
+            raise self._unfit(module, sizes, before)
+        scale = self.settings.scale(module)
+        delta = lora.low_rank(a, b, scale, transposed=transposed) if len(a.shape) == 2 else Kernel(a, b, scale)
+        if self.settings.principal and not embedding and len(a.shape) == 2:
+            residual = Principal(before, self.settings.principal, rank, scale, transposed)
+            before = self._computed(before, lora.Added(residual))
+        magnitude = parts.get("lora_magnitude_vector")
+        if (magnitude is not None) != self.settings.dora:
+            key = f"{module}.lora_magnitude_vector"
+            raise CheckpointError(
+                f"{self.weights}: {key} is missing, where {self.settings.path.name} sets use_dora. Save the adapter again."
+                if self.settings.dora
+                else f"{self.weights}: {key} is no part of plain LoRA, whose use_dora is not set. {MERGE}"
+            )
+        if magnitude is None:
+            return self._computed(before, lora.Added(delta, twice=embedding or self.settings.twice))
+        if magnitude.entries != sizes[0]:
+            raise self._unfit(f"{module}.lora_magnitude_vector", magnitude.shape, before)
+        self._floats(module, before, magnitude)
+        scaled = lora.ColumnScaled(delta, magnitude) if transposed else lora.RowScaled(delta, magnitude)
+        return self._computed(before, scaled)
+
+    @cached_property
+    def _turned(self) -> bool:
+        """Whether the layers hold their weights as [in, out], like GPT-2: there a bias is as long as dimension 1.
+
+        The setting fan_in_fan_out does not tell: peft goes by the kind of each module, and saves what the last one was.
+        """
+        for name, tensor in self.base.tensors.items():
+            bias = self.base.tensors.get(f"{name.removesuffix('weight')}bias")
+            if bias and len(tensor.shape) == 2 and bias.shape == tensor.shape[1:] != tensor.shape[:1]:
+                return True
+        return False
+
+    def stack(self, key: str, parts: Parts, before: Tensor) -> Tensor:
+        """Factors added to a parameter: a matrix, or the stacked matrices [experts, …] of a layer."""
+        count = before.shape[0] if len(before.shape) == 3 else 1
+        a, b, scale = self._factors(key, parts, before, count)
+        sizes, inner = (b.shape[0], a.shape[1]), before.shape[-2:]
+        transposed = sizes != inner or (sizes[0] == sizes[1] and self.base.config.get("model_type") in TURNED)
+        if len(before.shape) not in (2, 3) or inner != (sizes[::-1] if transposed else sizes):
+            raise self._unfit(key, sizes, before)
+        experts = [
+            lora.LowRank(
+                partial(self.experts.b, b, count, number), partial(self.experts.a, a, count, number), scale, transposed
+            )
+            for number in range(count)
+        ]
+        return self._computed(before, lora.Added(lora.Stacked(experts, inner[0]), twice=True))
+
+    def expert(self, key: str, parts: Parts, number: int, index: int, pieces: int, before: Tensor) -> Tensor:
+        """The same for one projection of one expert that the base stores by itself.
+
+        Args:
+            number: of the expert.
+            index, pieces: which of the projections that the parameter holds.
+        """
+        rank = self.settings.rank(key)
+        count = parts["lora_A"].shape[0] // rank if "lora_A" in parts else 0
+        a, b, scale = self._factors(key, parts, before, count)
+        rows = b.shape[0] // pieces
+        if before.shape != (rows, a.shape[1]) or rows * pieces != b.shape[0] or number >= count:
+            raise self._unfit(f"{key} of expert {number}", (rows, a.shape[1]), before)
+        left = partial(self.experts.b, b, count, number, slice(index * rows, (index + 1) * rows))
+        return self._computed(
+            before, lora.Added(lora.LowRank(left, partial(self.experts.a, a, count, number), scale), twice=True)
+        )
+
+    def _factors(self, key: str, parts: Parts, before: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
+        """A [experts · r, in] and B [out, experts · r] of a parameter, checked, and s."""
+        a, b = self._pair(key, parts, "lora_")
+        self._floats(key, before, a, b)
+        rank = self.settings.rank(key)
+        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank * count:
+            raise CheckpointError(
+                f"{self.weights}: {key} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which is not rank {rank} "
+                f"for {count} experts. Give the base that it was made for as `pre`."
+            )
+        if self.settings.principal or self.settings.dora:
+            raise CheckpointError(f"{self.weights}: {key} is a parameter, to which peft adds plain LoRA alone. {MERGE}")
+        return a, b, self.settings.scale(key)
+
+    def _pair(self, module: str, parts: Parts, kind: str) -> tuple[Tensor, Tensor]:
+        known = {f"{kind}A", f"{kind}B", "lora_magnitude_vector", "lora_B.bias"}
+        if not {f"{kind}A", f"{kind}B"} <= parts.keys() <= known:
+            raise CheckpointError(f"{self.weights}: {module} has no pair of A and B. Save the adapter again.")
+        return parts[f"{kind}A"], parts[f"{kind}B"]
+
+    def _floats(self, module: str, before: Tensor, *trained: Tensor) -> None:
+        if not before.is_float:
+            raise CheckpointError(
+                f"{before.path}: {before.name} is quantized ({before.dtype}), so nothing can be added to it. Dequantize the base "
+                "to bfloat16 first."
+            )
+        if not all(tensor.is_float for tensor in trained):
+            raise CheckpointError(
+                f"{self.weights}: {module} is no linear layer or embedding of floating-point numbers. {MERGE}"
+            )
+
+    def _unfit(self, module: str, sizes: tuple[int, ...], before: Tensor) -> CheckpointError:
+        return CheckpointError(
+            f"{self.weights}: {module} fits a weight of shape {list(sizes)}, where the base has {list(before.shape)}. Give the "
+            "base that it was made for as `pre`."
+        )

@@ -1,0 +1,150 @@
+"""What peft adds beyond plain LoRA, against what peft's own merge_and_unload makes of it: tensor by tensor, bit by bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.adapters import assert_is_merged, fill, make
+from helpers.checkpoints import read_checkpoint
+from helpers.families import FAMILIES, Family
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from surgery.__main__ import main
+
+UNTIED_GPT2 = Family("GPT2Config", {**FAMILIES["gpt2"].kwargs, "tie_word_embeddings": False})
+KINDS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "dora": (FAMILIES["llama"], {"target_modules": ["q_proj", "down_proj", "lm_head"], "use_dora": True}),
+    "dora of an embedding": (FAMILIES["llama"], {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "dora of conv1d": (FAMILIES["gpt2"], {"target_modules": ["c_attn", "attn.c_proj"], "use_dora": True}),
+    "dora of a convolution": (FAMILIES["vit"], {"target_modules": ["projection"], "use_dora": True}),
+    "convolution": (FAMILIES["vit"], {"target_modules": ["projection"]}),
+    "convolution over time": (FAMILIES["whisper"], {"target_modules": ["conv1", "conv2", "fc1"]}),
+    "bias of lora": (FAMILIES["qwen2"], {"target_modules": ["q_proj", "k_proj"], "lora_bias": True}),
+    "tokens": (FAMILIES["llama"], {"target_modules": ["q_proj"], "trainable_token_indices": [1, 98, 7]}),
+    "tokens of a tied embedding": (
+        FAMILIES["qwen2"],
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    ),
+    "tokens by module": (
+        FAMILIES["llama"],
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}},
+    ),
+    "stacked experts": (
+        FAMILIES["mixtral"],
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]},
+    ),
+    "one parameter of the experts": (
+        FAMILIES["mixtral"],
+        {
+            "target_modules": [],
+            "target_parameters": ["experts.gate_up_proj"],
+            "rank_pattern": {r"layers.1.mlp.experts.gate_up_proj": 2},
+        },
+    ),
+    "experts and router of gpt-oss": (
+        FAMILIES["gpt_oss"],
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"],
+        },
+    ),
+    "square experts of gpt-oss": (
+        Family("GptOssConfig", {**FAMILIES["gpt_oss"].kwargs, "intermediate_size": 32}),
+        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    ),
+    "minor components": (FAMILIES["llama"], {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
+    "pissa": (FAMILIES["llama"], {"target_modules": ["q_proj", "up_proj", "down_proj"], "init_lora_weights": "pissa"}),
+    "pissa of conv1d": (FAMILIES["gpt2"], {"target_modules": ["c_attn", "attn.c_proj"], "init_lora_weights": "pissa"}),
+    "pissa and dora": (
+        FAMILIES["llama"],
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_dora": True},
+    ),
+    "olora": (FAMILIES["llama"], {"target_modules": ["q_proj", "up_proj", "down_proj"], "init_lora_weights": "olora"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_is_what_peft_merges(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    family, options = KINDS[kind]
+    assert_is_merged(make(tmp_path, family, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dora",
+        "dora of an embedding",
+        "dora of conv1d",
+        "convolution",
+        "tokens",
+        "stacked experts",
+        "square experts of gpt-oss",
+        "olora",
+    ],
+)
+def test_any_part_of_a_tensor_has_the_bytes_of_the_whole(kind: str, tmp_path: Path) -> None:
+    family, options = KINDS[kind]
+    made = make(tmp_path, family, dtype=torch.bfloat16, **options)
+    rng = np.random.default_rng(0)
+    changed = [tensor for tensor in made.ours.values() if tensor.path.parent != made.base]
+    for tensor in changed[:6]:
+        whole = fill(tensor)
+        with tensor.open() as reader:
+            for _ in range(40):
+                begin, end = sorted(rng.integers(0, tensor.nbytes + 1, 2).tolist())
+                part = bytearray(end - begin)
+                reader.fill(begin, memoryview(part))
+                assert bytes(part) == whole[begin:end], (tensor.name, begin, end)
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "dora on an embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "a head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "both, tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "a whole embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "a whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "a whole embedding and a whole head": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    },
+    "a whole embedding, tied": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    "nothing of the two": {"target_modules": ["q_proj"]},
+}
+STAYS_TIED = ("both, tied", "a whole embedding, tied", "tokens", "nothing of the two")
+
+
+# peft does not save the new rows of the embedding where only the head is targeted.
+@pytest.mark.parametrize(
+    ("case", "rows"), [(case, rows) for case in TIED for rows in (None, 120) if (case, rows) != ("a head", 120)]
+)
+def test_the_result_computes_what_the_trained_model_computed(case: str, rows: int | None, tmp_path: Path) -> None:
+    """Where peft's merge would move the head with the embedding that it is tied to, the trained model tells."""
+    made = make(tmp_path, FAMILIES["qwen2"], rows=rows, **TIED[case])
+    out = tmp_path / "out"
+    assert main(["fapm", "--sparsity", "0", "--pre", str(made.base), "--ft", str(made.adapter), "--out", str(out)]) == 0
+    base = AutoModelForCausalLM.from_pretrained(made.base)
+    if rows:
+        torch.manual_seed(3)
+        base.resize_token_embeddings(rows)
+    tuned = PeftModel.from_pretrained(base, str(made.adapter)).eval()
+    written = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.tensor([[1, 2, 5, 98, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(written(ids).logits, tuned(ids).logits, atol=1e-5, rtol=1e-5)
+    tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    assert tied is (case in STAYS_TIED)
+    assert ("lm_head.weight" in read_checkpoint(out)) is not tied
