@@ -9,6 +9,7 @@ from surgery.methods.dare import Dare
 from surgery.methods.fapm import Fapm
 from surgery.methods.half_reset import HalfReset
 from surgery.methods.hma import Hma
+from surgery.methods.lines import Lines
 from surgery.methods.magnitude import Magnitude
 from surgery.methods.method import Method
 from surgery.methods.ties import Ties
@@ -31,6 +32,7 @@ __all__ = [
     "Fapm",
     "HalfReset",
     "Hma",
+    "Lines",
     "Magnitude",
     "Method",
     "Ties",
@@ -39,5 +41,5 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Fapm, Magnitude, HalfReset, Hma, Ties, Dare, Wanda)
+    method.name: method for method in (Fapm, Magnitude, HalfReset, Hma, Lines, Ties, Dare, Wanda)
 }

@@ -21,6 +21,7 @@ from surgery.checkpoint.item import Item
 from surgery.errors import OptionError
 from surgery.layout import Place
 from surgery.methods.actions import Action, Blend, Keep, Reset
+from surgery.methods.depth import layer_counts
 from surgery.methods.method import Method
 from surgery.methods.scope import number, share
 from surgery.option import Swept, option
@@ -71,16 +72,13 @@ class Hma(Method):
         return "-".join(["hma", *map(number, self.ratios)])
 
     def plan(self, items: Sequence[Item]) -> list[Action]:
-        layers: dict[str, int] = {}
-        for item in items:
-            if item.place.layer is not None:
-                layers[item.place.stack] = max(layers.get(item.place.stack, 0), item.place.layer + 1)
+        layers = layer_counts(item.place for item in items)
         if layers and len(self.ratios) > min(layers.values()):
             raise OptionError(
                 f"`ratios` has {len(self.ratios)} numbers, but the model has only {min(layers.values())} layers to cut."
             )
         return [
-            _action(self.ratios[part(item.place, layers, len(self.ratios))]) if item.editable else Keep()
+            average(self.ratios[part(item.place, layers, len(self.ratios))]) if item.editable else Keep()
             for item in items
         ]
 
@@ -114,5 +112,6 @@ def blend(pre: Any, ft: Any, alpha: float) -> Any:
     return result
 
 
-def _action(alpha: float) -> Action:
+def average(alpha: float) -> Action:
+    """The action for alpha · pre + (1 − alpha) · ft: at the ends the bits of one of the two."""
     return Keep() if alpha == 0 else Reset() if alpha == 1 else Blend(alpha)

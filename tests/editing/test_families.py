@@ -129,7 +129,12 @@ def test_hma(pair: Pair, tmp_path: Path) -> None:
 def test_a_tied_head_that_one_side_stores(name: str, tmp_path: Path) -> None:
     """qwen2's head is its embedding. Whichever side writes it down, the output is ft's container and loads."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    mains: dict[str, dict[str, Any]] = {"hma": {"ratios": (0.3,)}, "half-reset": {}, "dare": {"drop_rate": 0.5}}
+    mains: dict[str, dict[str, Any]] = {
+        "hma": {"ratios": (0.3,)},
+        "lines": {"alpha": 0.7},
+        "half-reset": {},
+        "dare": {"drop_rate": 0.5},
+    }
     main = mains.get(name, {"sparsity": 0.5})
     folders = {}
     for side, seed in (("pre", 1), ("ft", 2)):

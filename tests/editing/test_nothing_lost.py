@@ -35,6 +35,7 @@ METHODS = {
     "magnitude": "ft-magnitude-0.9",
     "half-reset": "ft-half-reset-0.5",
     "hma": "ft-hma-0.5",
+    "lines": "ft-lines-0",
     "ties": "ft-ties-0.8",
     "dare": "ft-dare-0.9",
 }

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "magnitude": (["--sparsity", "0.25"], {"sparsity": 0.25}),
     "half-reset": (["--ratio", "0.4", "--seed", "5", "--level", "model"], {"ratio": 0.4, "seed": 5, "level": "model"}),
     "hma": (["--ratios", "0.3,0.2"], {"ratios": (0.3, 0.2)}),
+    "lines": (["--alpha", "0.4", "--outside", "alpha"], {"alpha": 0.4, "outside": "alpha"}),
     "ties": (["--sparsity", "0.6", "--lam", "0.5"], {"sparsity": 0.6, "lam": 0.5}),
     "dare": (["--drop-rate", "0.3", "--lam", "0.5", "--seed", "5"], {"drop_rate": 0.3, "lam": 0.5, "seed": 5}),
 }

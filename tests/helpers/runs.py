@@ -21,6 +21,7 @@ METHOD_OPTIONS: dict[str, list[str]] = {
     "magnitude": ["--sparsity", "0.5", "--rest", "pre"],
     "half-reset": ["--seed", "3"],
     "hma": ["--ratios", "0.3,0.1"],
+    "lines": ["--alpha", "0.2"],
     "ties": ["--sparsity", "0.7", "--lam", "0.8"],
     "dare": ["--drop-rate", "0.6"],
 }

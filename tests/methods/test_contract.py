@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,39 @@ from surgery.editing.job import prepare
 from surgery.editing.run import run
 from surgery.methods import METHODS, Method
 
-# Each method as a user would run it, and at both ends of its main number: all of ft, all of pre.
-USUAL: dict[str, dict[str, Any]] = {
-    "fapm": {"sparsity": 0.9},
-    "magnitude": {"sparsity": 0.9},
-    "half-reset": {"ratio": 0.5, "seed": 3},
-    "hma": {"ratios": (0.3, 0.2)},
-    "ties": {"sparsity": 0.8},
-    "dare": {"drop_rate": 0.9},
-    "wanda": {"sparsity": 0.9},  # without norms: |Δ|, row by row
+
+@dataclass(frozen=True)
+class Case:
+    """A method as a user would run it, the label of that, and where its output is all of ft and all of pre (None: nowhere)."""
+
+    usual: dict[str, Any]
+    label: str
+    ft: dict[str, Any]
+    pre: dict[str, Any] | None
+
+
+CASES = {
+    "fapm": Case({"sparsity": 0.9}, "fapm-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
+    "magnitude": Case({"sparsity": 0.9}, "magnitude-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
+    "half-reset": Case({"ratio": 0.5, "seed": 3}, "half-reset-0.5", {"ratio": 0.0}, {"ratio": 1.0}),
+    "hma": Case({"ratios": (0.3, 0.2)}, "hma-0.3-0.2", {"ratios": (0.0,)}, {"ratios": (1.0,)}),
+    "lines": Case({"alpha": 0.3}, "lines-0.3", {"alpha": 1.0}, None),
+    "ties": Case({"sparsity": 0.8}, "ties-0.8", {"sparsity": 0.0}, {"sparsity": 1.0}),
+    "dare": Case({"drop_rate": 0.9}, "dare-0.9", {"drop_rate": 0.0}, {"drop_rate": 1.0}),
+    # Without norms: |Δ|, row by row.
+    "wanda": Case({"sparsity": 0.9}, "wanda-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
 }
-ENDS: dict[str, Callable[[float], dict[str, Any]]] = {
-    "fapm": lambda share: {"sparsity": share},
-    "magnitude": lambda share: {"sparsity": share},
-    "half-reset": lambda share: {"ratio": share},
-    "hma": lambda share: {"ratios": (share,)},
-    "ties": lambda share: {"sparsity": share},
-    "dare": lambda share: {"drop_rate": share},
-    "wanda": lambda share: {"sparsity": share},
-}
+COMPUTING = {"hma", "lines", "dare"}  # whose entries are not all stored numbers of one of the two
+WHOLE = {"half-reset", "hma", "lines"}  # which edit whole tensors, norms too
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-def test_every_method_is_in_the_tables() -> None:
-    assert METHODS.keys() == USUAL.keys() == ENDS.keys()
+def test_every_method_is_in_the_table() -> None:
+    assert METHODS.keys() == CASES.keys()
 
 
 def usual(name: str) -> Method:
-    return MAKE[name](**USUAL[name])
+    return MAKE[name](**CASES[name].usual)
 
 
 def same(one: Tensors, other: Tensors) -> bool:
@@ -81,19 +86,19 @@ def test_an_untouched_model_stays_as_it_is(name: str, tmp_path: Path) -> None:
 def test_the_two_ends(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pre = with_zeros(tiny_llama(dtype))
     ft = with_zeros(fine_tuned(pre))
-    assert same(edit(tmp_path / "ft", pre, ft, MAKE[name](**ENDS[name](0.0))), ft)
-    all_pre = edit(tmp_path / "pre", pre, ft, MAKE[name](**ENDS[name](1.0)))
+    assert same(edit(tmp_path / "ft", pre, ft, MAKE[name](**CASES[name].ft)), ft)
+    if (options := CASES[name].pre) is None:
+        return
+    all_pre = edit(tmp_path / "pre", pre, ft, MAKE[name](**options))
     outside = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
     for tensor in ft:
         kept = (
-            tensor in outside
-            if name == "half-reset"
-            else name in ("fapm", "magnitude", "ties", "dare", "wanda") and ft[tensor].dim() == 1  # --rest ft
+            tensor in outside if name == "half-reset" else name not in WHOLE and ft[tensor].dim() == 1  # --rest ft
         )
         assert same_bits(all_pre[tensor], (ft if kept else pre)[tensor]), tensor
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"hma", "dare"}))  # which compute
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - COMPUTING))
 def test_every_entry_of_a_selection_is_one_of_the_two(name: str, tmp_path: Path) -> None:
     pre = with_zeros(tiny_llama())
     ft = with_zeros(fine_tuned(pre))
@@ -188,7 +193,7 @@ def test_a_tensor_without_a_base_integers_and_buffers_are_copied(name: str, tmp_
     }
     ft = fine_tuned(pre) | extra
     base = pre | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4), "steps": torch.tensor([3])}
-    out = edit(tmp_path / "x", base, ft, MAKE[name](**ENDS[name](1.0)))
+    out = edit(tmp_path / "x", base, ft, usual(name))
     assert same({key: out[key] for key in extra}, extra)
 
 
@@ -197,15 +202,7 @@ def test_the_label_names_the_output(name: str, tmp_path: Path) -> None:
     pre = tiny_llama()
     write_checkpoint(tmp_path / "pre", pre)
     write_checkpoint(tmp_path / "ft", fine_tuned(pre))
-    label = {
-        "fapm": "fapm-0.9",
-        "magnitude": "magnitude-0.9",
-        "half-reset": "half-reset-0.5",
-        "hma": "hma-0.3-0.2",
-        "ties": "ties-0.8",
-        "dare": "dare-0.9",
-        "wanda": "wanda-0.9",
-    }[name]
+    label = CASES[name].label
     job = prepare(tmp_path / "pre", tmp_path / "ft", usual(name))
     assert job.out == tmp_path.resolve() / f"ft-{label}"
     run(job)
