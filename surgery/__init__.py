@@ -1,16 +1,16 @@
 """Post-hoc model surgery: edit the task vector of a fine-tuned checkpoint, tensor by tensor.
 
-`open_pair`, `edit`, `evaluate` and `compare` are the Python interface; see `surgery.api`.
+`open_pair`, `edit`, `evaluate`, `compare` and `auto` are the Python interface; see `surgery.api`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from surgery.provenance import VERSION as __version__
 
-__all__ = ["__version__", "compare", "edit", "evaluate", "open_pair"]
+__all__ = ["__version__", "auto", "compare", "edit", "evaluate", "open_pair"]
 
 if TYPE_CHECKING:
-    from surgery.api import compare, edit, evaluate, open_pair
+    from surgery.api import auto, compare, edit, evaluate, open_pair
 
 
 def __getattr__(name: str) -> Any:

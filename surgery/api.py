@@ -7,6 +7,8 @@
     scores = surgery.evaluate(repaired, ["test.jsonl"])
     found = surgery.compare(pair, {"fapm": repaired, "mofo": "./ckpt-mofo"}, task=["test.jsonl"], general=["wikitext.txt"])
     print(found)
+    best = surgery.auto(pair, task=["test.jsonl"], max_forgetting=0.01)
+    print(best.sentence)
 
 A model is a folder, a file, a hub id with an optional `@revision`, a LoRA adapter, a task vector of `surgery extract`, or an
 edit, whether it was written or not.
@@ -108,6 +110,22 @@ class Comparison:
 
         Folder(Path(folder), local(*(row["checkpoint"] for row in self.rows))).write(self.document)
         return Path(folder) / PAGE
+
+
+@dataclass(frozen=True)
+class Search(Comparison):
+    """What `auto` found: the comparison on the items that prove, with the claim.
+
+    Attributes:
+        model: the winner, an edit or a model that is there; None where nothing was proved to meet the limit.
+    """
+
+    model: Model | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The result in plain words."""
+        return str(self.document["auto"]["sentence"])
 
 
 def open_pair(pre: str | Path, ft: str | Path) -> Pair:
@@ -231,6 +249,76 @@ def compare(
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise OptionError(f"Two rows are named {twice.pop()}. Give models with names: {{name: model}}.")
     return Comparison(comparison.compare(subjects, *scoring.measures(), scoring))
+
+
+def auto(
+    pair: Pair,
+    *,
+    task: Measures,
+    general: Measures = ("self",),
+    max_forgetting: float | None = None,
+    min_retention: float | None = None,
+    models: Mapping[str, Model] | None = None,
+    methods: Sequence[str] | None = None,
+    metric: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    seconds: float | None = None,
+    **options: Any,
+) -> Search:
+    """Find the model between pre and ft that keeps the task and forgets least, and prove it, as `surgery auto` does.
+
+    Args:
+        task, general: measures, as for `evaluate`; "self" is the divergence on text that pre writes.
+        max_forgetting, min_retention: the limit, a share; with neither, the best trade-off is found.
+        models: further candidates, by their names.
+        methods: that are tried; all of them that need no calibration by default.
+        metric: of the task's files.
+        limit: items of each measure at most, the first ones.
+        seed: of the halves into which items are dealt.
+        seconds: that it may take, about.
+        options: others of `surgery.evaluation.scoring.Scoring`.
+
+    Raises:
+        OptionError: both limits are given, there are too few items, or ft is no better than pre on the task.
+        SurgeryError: a model cannot be opened, or pre, ft or a measure is not as it should be.
+    """
+    from surgery.comparison.auto import auto as search
+    from surgery.comparison.candidates import averaged, candidates, default_methods, existing
+    from surgery.comparison.grid import command_words
+    from surgery.comparison.race import wanted
+
+    goal = wanted(max_forgetting, min_retention)
+    scoring = Scoring(task=_names(task), general=_names(general), metric=metric, limit=limit, **options)
+    tried = [method for method in default_methods(calibrated=False) if methods is None or method.name in methods]
+    if not tried:
+        raise OptionError(f"There is nothing to try. Choose `methods` from {', '.join(METHODS)}.")
+    job = plan_pair(pair, tried[0])
+
+    def line(method: Method) -> list[str]:
+        return command_words(method, pair.pre.source.typed, pair.ft.source.typed)
+
+    found, notes = candidates(job, tried, line)
+    if methods is None:
+        found += averaged(job, line, out=job.out)
+    subjects = [base_subject(pair.pre), tuned_subject(pair)]
+    there = [_subject(model, pair.pre, label) for label, model in (models or {}).items()]
+    tasks, measures = scoring.measures()
+    with scoring.bench([*tasks, *measures]) as bench:
+        made = search(
+            subjects,
+            [existing(subjects[1]), *map(existing, there), *found],
+            tasks,
+            measures,
+            bench,
+            goal,
+            seed=seed,
+            seconds=seconds,
+            notes=notes,
+        )
+    winner = made.winner
+    model = None if winner is None else Edit(winner.job()) if winner.job else winner.subject().checkpoint.source.typed
+    return Search(made.document, model)
 
 
 def _names(measures: Measures) -> tuple[str, ...]:

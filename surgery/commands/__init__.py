@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.commands import compare, delta, demo, diff, edit, sweep, train
+from surgery.commands import auto, compare, delta, demo, diff, edit, sweep, train
 from surgery.provenance import VERSION
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ def _root(
         typer.echo(context.get_help())
 
 
+auto.register(app)
 diff.register(app)
 edit.register(app)
 delta.register(app)

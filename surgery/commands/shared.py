@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from surgery.calibrate.options import Calibration
 from surgery.option import option
+
+if TYPE_CHECKING:
+    from surgery.editing.job import Job
+    from surgery.methods import Method
 
 PRE = "The pre-trained model: a folder, a file, or a hub id with an optional @revision."
 FT = "The fine-tuned model or LoRA adapter, likewise."
@@ -65,3 +72,18 @@ class Shown:
         None, metavar="DIR", help="Write a page (index.html), plots, results.json and .csv to this folder."
     )
     as_json: bool = option(False, flag="--json", help="Print everything as JSON, each item too.")
+
+
+def with_norms(job: Job, method: Method, calibration: Mapping[str, Any], device: str) -> Job:
+    """The job of a method that needs input norms, which are measured here. Its notes are of no concern to other methods.
+
+    Args:
+        calibration: options of `surgery.calibrate.options.Calibration`.
+    """
+    from surgery.calibrate.run import calibrated
+    from surgery.display import calibrating
+    from surgery.editing.job import replan
+
+    alone = replace(replan(job, method), pair=replace(job.pair, notes=[*job.pair.notes]))
+    with calibrating() as advance:
+        return calibrated(alone, Calibration(**calibration), device=device, advance=advance)

@@ -13,7 +13,7 @@ import typer
 
 from surgery.calibrate.options import Calibration
 from surgery.commands.builder import command
-from surgery.commands.shared import FORCE, Checks, Pair, Shown
+from surgery.commands.shared import FORCE, Checks, Pair, Shown, with_norms
 from surgery.errors import OptionError
 from surgery.evaluation.scoring import Scoring
 from surgery.methods import METHODS
@@ -21,7 +21,6 @@ from surgery.option import Declared, Option, chosen, declared_options, flag, opt
 
 if TYPE_CHECKING:
     from surgery.comparison.sweep import Edits
-    from surgery.editing.job import Job
     from surgery.methods import Method
 
 SETTINGS, CHOICE = "Settings", "Choice"
@@ -139,7 +138,7 @@ def _sweep(
     folder = Folder(shown.report, inputs) if shown.report else None
     for kind in calibrating:
         at, name = kinds.index(kind), main_option(kind).name
-        jobs[kind.name] = _calibrated(job, groups[at][0], Calibration(**calibrated), scoring.device)
+        jobs[kind.name] = with_norms(job, groups[at][0], calibrated, scoring.device)
         normed: Any = jobs[kind.name].method
         groups[at] = [replace(normed, **{name: getattr(one, name)}) for one in groups[at]]
     with scoring_progress(None if limit else 2 + sum(map(len, groups))) as observe:
@@ -183,17 +182,6 @@ def _check(values: Mapping[str, Any], kinds: Sequence[type[Method]]) -> None:
         ]
         if not {kind.name for kind in kinds} & set(having):
             raise OptionError(f"`{name}` is for {', '.join(having)}, none of which is swept.")
-
-
-def _calibrated(job: Job, method: Method, calibration: Calibration, device: str) -> Job:
-    """The job of a method that needs input norms. Its notes are of no concern to the other methods."""
-    from surgery.calibrate.run import calibrated
-    from surgery.display import calibrating
-    from surgery.editing.job import replan
-
-    alone = replace(replan(job, method), pair=replace(job.pair, notes=[*job.pair.notes]))
-    with calibrating() as advance:
-        return calibrated(alone, calibration, device=device, advance=advance)
 
 
 def _write(edits: Edits, method: Method, sentence: str, out: Path, force: bool) -> None:

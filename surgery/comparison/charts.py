@@ -151,6 +151,38 @@ def curve_charts(document: Document) -> list[list[dict[str, Any]]]:
     ]
 
 
+def race_chart(document: Document) -> dict[str, Any]:
+    """Return the chart of a search: where each candidate stood on the last items that it saw.
+
+    Returns:
+        A chart whose points are {"series", "label", "at": [retention, forgetting], "seen": share of the items of the race,
+        "finalist", "winner"}, whose axes have a "limit" (None where there is none), with "names" of the series.
+    """
+    found, goal = document["auto"], document["auto"]["goal"]
+    drawn = [one for one in found["candidates"] if None not in (one["retention"], one["forgetting"])]
+    names = list(dict.fromkeys(one["method"] or "existing models" for one in drawn))
+    last, most = (max((one[key] for one in drawn), default=1) for key in ("round", "items"))
+    bound = goal["bound"]
+    return {
+        "x": {"label": "retention of ft's task score", "percent": True, "flip": False}
+        | {"limit": bound if goal["limit"] == "retention" else None},
+        "y": {"label": "forgetting (less is better)", "percent": False, "flip": True}
+        | {"limit": bound if goal["limit"] == "forgetting" else None},
+        "points": [
+            {
+                "series": names.index(one["method"] or "existing models"),
+                "label": readable(one["label"]),
+                "at": [one["retention"], one["forgetting"]],
+                "seen": one["items"] / most,
+                "finalist": one["round"] == last,
+                "winner": one["label"] == found["winner"],
+            }
+            for one in drawn
+        ],
+        "names": names,
+    }
+
+
 def bars(document: Document, most: int) -> list[dict[str, Any]]:
     """Return the bars of each measure, one for each of the same rows, of which there are at most `most`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,12 @@ from surgery.display import Terminal, new_console, new_progress, new_table, prin
 from surgery.text import MISSING, duration, number, readable, share
 
 if TYPE_CHECKING:
+    from surgery.comparison.auto import Round
+    from surgery.comparison.candidates import Candidate
     from surgery.comparison.folder import Folder
+    from surgery.comparison.race import Goal
     from surgery.evaluation.bench import Observe
+    from surgery.evaluation.scores import Measure
 
 # A score differs from that of ft if the p of a paired test is below this.
 DIFFERENT = 0.05
@@ -48,6 +52,65 @@ def scoring_progress(models: int | None) -> Iterator[Observe]:
             bar.update(task, description=text, completed=done, total=total or None)
 
         yield observe
+
+
+@contextmanager
+def race_progress() -> Iterator[tuple[Observe, Callable[[Round], None]]]:
+    """Show a race on standard error: a line for each round, and below them a progress bar on a terminal.
+
+    Yields:
+        What is told of the progress, and of the rounds.
+    """
+    with new_progress() as bar:
+        task = bar.add_task("", total=None)
+        told: list[Round] = []
+
+        def observe(label: str, measure: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{label[:LABEL]}: {measure[:LABEL]}", completed=done, total=total or None)
+
+        def tell(now: Round) -> None:
+            if not told:
+                bar.console.print(
+                    f"{'Round':7}{'Left':>9}{'Items':>8}  {'Ahead':{LABEL}}{'Kept':>8}{'Forgot':>9}  To go"
+                )
+            told.append(now)
+            left = f"{now.left} of {now.candidates}"
+            bar.console.print(
+                f"{f'{now.number} of {now.of}':7}{left:>9}{now.items:>8,}  {_cut(now.leader):{LABEL}}{share(now.kept):>8}"
+                f"{share(now.forgot, 2):>9}  {duration(now.seconds)}",
+                soft_wrap=True,
+            )
+
+        yield observe, tell
+
+
+def show_candidates(
+    goal: Goal, candidates: Sequence[Candidate], measures: Sequence[Measure], notes: Sequence[str], *, as_json: bool
+) -> None:
+    """Show what a search would try."""
+    if as_json:
+        show_json(
+            {
+                "goal": str(goal),
+                "candidates": [{"label": one.label, "commands": one.commands} for one in candidates],
+                "measures": [{"name": one.name, "settings": one.settings} for one in measures],
+                "notes": list(notes),
+            }
+        )
+        return
+    console = new_console()
+    table = new_table("Method", "Candidates", "")
+    groups: dict[str, list[str]] = {}
+    for one in candidates:
+        groups.setdefault(one.method or "models that are there", []).append(one.label)
+    for name, labels in groups.items():
+        table.add_row(name, str(len(labels)), _cut(f"{labels[0]} … {labels[-1]}" if len(labels) > 1 else labels[0], 40))
+    table.add_row("all", str(len(candidates)), "")
+    console.print(table)
+    print_notes(console, notes)
+    names = ", ".join(readable(one.name) for one in measures)
+    console.print(f"Wanted: a model that {goal}. Measured: {names}; half of the items choose, half prove.")
+    console.print("It would take about as long as to score one model ten times.")
 
 
 def show(document: dict[str, Any], folder: Folder | None, *, as_json: bool) -> None:
@@ -152,5 +215,9 @@ def _best(rows: Sequence[dict[str, Any]], key: str, highest: bool) -> float | No
 
 
 def _label(row: dict[str, Any]) -> str:
-    text = readable(row["label"])
-    return text if cell_len(text) <= LABEL else f"{chop_cells(text, LABEL - 1)[0]}…"
+    return _cut(row["label"])
+
+
+def _cut(label: str, most: int = LABEL) -> str:
+    text = readable(label)
+    return text if cell_len(text) <= most else f"{chop_cells(text, most - 1)[0]}…"

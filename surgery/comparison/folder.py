@@ -13,8 +13,8 @@ from surgery.paths import Kind, OutFile, apart
 from surgery.pictures import PICTURE
 
 PAGE, JSON, CSV, ITEMS = "index.html", "results.json", "results.csv", "items.csv"
-COMPARISONS = ("compare", "sweep")
-PICTURES = re.compile(r"(pareto|skills|curves)\.(svg|png)")
+COMPARISONS = ("compare", "sweep", "auto")
+PICTURES = re.compile(r"(pareto|skills|curves|race)\.(svg|png)")
 
 
 class Folder:

@@ -136,7 +136,8 @@ def whole_numbers(text: str, name: str) -> tuple[int, ...]:
 
 def label(method: Method) -> str:
     """A setting's row: the method and its numbers, such as "fapm 0.9" or "half-reset 0.5 seed 1"."""
-    main, *others = swept_options(type(method))
+    main = main_option(type(method))
+    others = [one for one in declared_options(type(method)) if one.name != main.name]
     changed = [one for one in others if value_of(method, one.name) != one.default]
     words = [f"{one.name.replace('_', ' ')} {_text(value_of(method, one.name))}" for one in changed]
     return " ".join([method.name, _text(value_of(method, main.name)), *words])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.comparison.charts import bars, curve_charts, pareto_chart, series
+from surgery.comparison.charts import bars, curve_charts, pareto_chart, race_chart, series
 from surgery.comparison.text import score
 from surgery.pictures import INK, LIGHT, LINE, MUTED, PAPER, SERIES, drawable, render, without_glyph_warnings
 
@@ -30,7 +30,7 @@ Box = tuple[float, float, float, float]
 
 
 def plots(document: dict[str, Any]) -> dict[str, bytes]:
-    """Draw the pictures of a comparison: pareto, skills, and for a sweep curves.
+    """Draw the pictures of a comparison: pareto, skills, for a sweep curves, and for a search race.
 
     Args:
         document: what results.json holds.
@@ -39,6 +39,8 @@ def plots(document: dict[str, Any]) -> dict[str, bytes]:
         Name of a file -> its content, each picture as .svg and as .png.
     """
     figures = {"pareto": pareto(document), "skills": skills(document)}
+    if "auto" in document:
+        figures["race"] = race(document)
     if curve_charts(document):
         figures["curves"] = curves(document)
     return {f"{name}.{kind}": render(figure, kind) for name, figure in figures.items() for kind in ("svg", "png")}
@@ -72,6 +74,36 @@ def pareto(document: dict[str, Any], width: float = WIDTH) -> Figure:
         figure.draw_without_rendering()  # fixes where the axes are, so that labels can be placed in points
     figure.set_layout_engine("none")
     _name_points(axes, points)
+    return figure
+
+
+def race(document: dict[str, Any], width: float = WIDTH) -> Figure:
+    """Draw all candidates of a search where the race left them, the paler the fewer items they saw; the winner is named."""
+    from matplotlib.figure import Figure
+
+    chart = race_chart(document)
+    figure = Figure((width, 5.6), layout="constrained")
+    axes = figure.subplots()
+    _frame(axes, chart)
+    for point in chart["points"]:
+        style = {"marker": MARKERS[point["series"] % len(MARKERS)], "color": SERIES[point["series"] % len(SERIES)]}
+        edge = INK if point["finalist"] else PAPER
+        axes.plot(*point["at"], ls="", ms=7, mec=edge, mew=1, alpha=0.25 + 0.75 * point["seen"], zorder=3, **style)
+        if point["winner"]:
+            axes.annotate(
+                drawable(point["label"], LONGEST),
+                point["at"],
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=SMALL,
+                weight="bold",
+            )
+    for name, line in (("x", axes.axvline), ("y", axes.axhline)):
+        if chart[name]["limit"] is not None:
+            line(chart[name]["limit"], color=MUTED, ls=(0, (4, 3)), lw=1)
+    _legend(axes, chart, chart["names"], -0.1)
+    axes.margins(0.09)
     return figure
 
 

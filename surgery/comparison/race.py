@@ -6,6 +6,9 @@ those that are surely dominated, where another keeps more of the task and forget
 beyond the limit. "Surely" is a one-sided t-test at 5% that is divided by the number of comparisons of the round.
 Along one number of a method neighbours inform each other: the half that goes on is chosen by smoothed scores.
 
+A model that is just within a limit cannot be proved to be within it. So those that go on are taken in turn from three
+orders of merit: with the limit as it is, and drawn in by as much as a proof will need.
+
 Nothing here proves anything of the winner, since it was chosen on these items: `surgery.comparison.proof` does, on
 others.
 """
@@ -20,10 +23,13 @@ from typing import Literal
 import numpy as np
 
 from surgery.comparison.proof import LEVEL, Drop
+from surgery.errors import OptionError
 from surgery.evaluation.scores import Floats
+from surgery.text import share
 
 FINALISTS = 4
-FEWEST = 8  # items of each measure in the first round
+# By how many standard errors of the proof the limit is drawn in: 1.64 for the test's level, the rest for its power.
+MARGINS = (2.5, 1.2, 0.0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,15 @@ class Goal:
 
     limit: Literal["forgetting", "retention", "knee"]
     bound: float = 0.0
+
+    def __str__(self) -> str:
+        if self.limit == "knee":
+            return "the best trade-off"
+        return (
+            f"forgets at most {share(self.bound, 2)}"
+            if self.limit == "forgetting"
+            else f"keeps at least {share(self.bound, 2)}"
+        )
 
     @property
     def most(self) -> float:
@@ -60,9 +75,26 @@ class Goal:
             scale: pre's `lost` and ft's `forgot`.
         """
         if self.limit == "knee":
-            return -sum(drop / max(whole, 1e-9) for drop, whole in zip((lost, forgot), scale, strict=True))
+            return -sum(drop / whole for drop, whole in zip((lost, forgot), scale, strict=True) if whole > 0)
         limited, other = (forgot, lost) if self.limit == "forgetting" else (lost, forgot)
         return -other if limited <= self.most else -1e6 - limited
+
+
+def wanted(max_forgetting: float | None, min_retention: float | None) -> Goal:
+    """The goal that these limits mean, of which one at most is given.
+
+    Raises:
+        OptionError: both are given, or one is no share.
+    """
+    if max_forgetting is not None and min_retention is not None:
+        raise OptionError(
+            "Give `max_forgetting` or `min_retention`, not both: one is the limit, the other is made best."
+        )
+    if max_forgetting is not None:
+        return Goal("forgetting", _share("max_forgetting", max_forgetting))
+    if min_retention is not None:
+        return Goal("retention", _share("min_retention", min_retention))
+    return Goal("knee")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +150,7 @@ class Axis:
 
 
 def sift(
-    standings: Mapping[str, Standing], goal: Goal, scale: tuple[float, float], keep: int
+    standings: Mapping[str, Standing], goal: Goal, scale: tuple[float, float], keep: int, *, ahead: float = 0.0
 ) -> tuple[list[str], dict[str, str]]:
     """The candidates that go on, the best first, and why each of the others falls out.
 
@@ -126,6 +158,7 @@ def sift(
         standings: by label; all on the same items.
         scale: as for `Goal.merit`.
         keep: so many go on at most.
+        ahead: the standard error of the proof as a part of that on these items: √(items here / items that prove).
     """
     labels = list(standings)
     lost = Axis.of([standings[label].lost for label in labels])
@@ -134,9 +167,16 @@ def sift(
     fallen |= {label: why for label, why in _dominated(labels, lost, forgot).items() if label not in fallen}
     if len(fallen) == len(labels):  # nobody is within the limit: go on with those that come nearest
         fallen = {}
-    smooth = _smoothed(standings, lost.values), _smoothed(standings, forgot.values)
-    merits = {label: goal.merit(float(smooth[0][at]), float(smooth[1][at]), scale) for at, label in enumerate(labels)}
-    left = sorted((label for label in labels if label not in fallen), key=lambda label: -merits[label])
+    smooth = np.stack([_smoothed(standings, axis.values) for axis in (lost, forgot)])
+    errors = np.stack([lost.errors(), forgot.errors()]) * ahead
+    if goal.limit != "knee":
+        errors[1 if goal.limit == "retention" else 0] = 0
+    orders = []
+    for margin in MARGINS if goal.limit != "knee" else MARGINS[-1:]:
+        drawn = smooth + margin * errors
+        merits = {label: goal.merit(float(drawn[0, at]), float(drawn[1, at]), scale) for at, label in enumerate(labels)}
+        orders.append(sorted((label for label in labels if label not in fallen), key=lambda label: -merits[label]))
+    left = list(dict.fromkeys(label for place in zip(*orders, strict=True) for label in place))
     for label in left[keep:]:
         fallen[label] = "others were ahead"
     return left[:keep], fallen
@@ -158,6 +198,12 @@ def rounds(candidates: int, budget: float, finalists: int = FINALISTS) -> list[t
         seen = min(1.0, seen + budget / len(counts) / count)
         plan.append((count, seen))
     return plan
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise OptionError(f"`{name}` must be a share, such as 0.01, not {value}.")
+    return value
 
 
 def _surely_beyond(labels: Sequence[str], limited: Axis, goal: Goal) -> dict[str, str]:

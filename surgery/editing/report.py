@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,8 @@ def model_card(report: dict[str, Any], card_name: str) -> str:
             f"- distance from the pre-trained model (mean of ‖θ − θ0‖ / ‖θ0‖ over tensors): {totals['distance_before']:.4g} "
             f"before, {totals['distance_after']:.4g} after"
         )
+    if report["notes"]:
+        body += ["", *(f"- {_plain(note)}" for note in report["notes"])]
     body += [
         "",
         "```",
@@ -141,6 +144,11 @@ def model_card(report: dict[str, Any], card_name: str) -> str:
         "",
     ]
     return "\n".join(header + body)
+
+
+def _plain(note: str) -> str:
+    """A note as Markdown that is nothing but text, whatever names are in it."""
+    return re.sub(r"([\\`*_<>\[\]!#|])", r"\\\1", readable(note))
 
 
 def _source(source: dict[str, Any]) -> str:

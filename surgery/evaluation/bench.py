@@ -89,6 +89,7 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="surgery-")
         self._model: LanguageModel | None = None
         self._surroundings = ""
+        self._held: Subject | None = None
         self._base: _Known | None = None
 
     def __enter__(self) -> Bench:
@@ -102,7 +103,7 @@ class Bench:
         """Score a model, but for what is known already. The first one is the base of measures that compare with a base.
 
         Args:
-            only: for each measure's name the positions of the items to score it on; all items of all measures by default.
+            only: the positions of the items to score it on, by the names of the measures; all items of all measures by default.
 
         Raises:
             SurgeryError: it cannot be scored.
@@ -115,6 +116,14 @@ class Bench:
             error.args = (subject.named(str(error), self._laid_out(surroundings)),)
             raise
 
+    def fingerprint(self, subject: Subject) -> str:
+        """The fingerprint of a model's weights, which may be read into memory for it, and are scored there next.
+
+        Raises:
+            SurgeryError: they cannot be read.
+        """
+        return self._fingerprint(subject, subject.surroundings())
+
     def _score(self, subject: Subject, surroundings: str, only: Mapping[str, Sequence[int]] | None) -> Scored:
         self.observe(subject.label, "reading", 0, 0)
         model = _Known(subject, surroundings, self._fingerprint(subject, surroundings))
@@ -126,6 +135,7 @@ class Bench:
         scores = {
             measure.name: self._measured(measure, model, None if only is None else only[measure.name])
             for measure in self.measures
+            if only is None or measure.name in only
         }
         return Scored(subject, model.fingerprint, scores, *subject.against())
 
@@ -188,8 +198,9 @@ class Bench:
                 folder, subject.checkpoint, device=self.device, dtype=self.dtype, batch=self.batch
             )
             self._surroundings = surroundings
-        elif self._model.fingerprint != fingerprint:
+        elif self._held is not subject and self._model.fingerprint != fingerprint:
             self._model.load(subject.checkpoint)
+        self._held = subject
         if fingerprint is not None and self._model.fingerprint != fingerprint:
             raise CheckpointError(
                 f"{subject.checkpoint.folder}: its files changed while surgery read them. Run it again."

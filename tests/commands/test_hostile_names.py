@@ -27,7 +27,9 @@ FT = f"ft{NAME}"
 TENSOR = f"{NAME}.weight"
 PAIR = ("--pre", "pre", "--ft", FT)
 PLAIN = ("--pre", "plain-pre", "--ft", f"plain{NAME}")
+TURNED = ("--pre", f"plain{NAME}", "--ft", "plain-pre")
 SCORES = ("--task", f"{NAME}.txt", "--general", f"{NAME}.txt", "--limit", "2", "--seq-len", "32", "--device", "cpu")
+SEARCH = ("--task", f"{NAME}.txt", "--general", f"{NAME}.txt", "--seq-len", "4", "--device", "cpu", "--method", "hma")
 TRAIN = ("--model", f"lm{NAME}", "--data", f"{NAME}.jsonl", "--max-steps", "1", "--batch-size", "2")
 # Of each command, the lines that are called, in this order; and the code, where it is not 0.
 LINES: dict[str, list[tuple[str, ...]]] = {
@@ -43,12 +45,27 @@ LINES: dict[str, list[tuple[str, ...]]] = {
     "apply": [("--pre", "pre", "--delta", f"delta{NAME}.safetensors", "--out", f"applied{NAME}")],
     "verify": [(f"fapm{NAME}",), (f"fapm{NAME}", *PAIR)],
     "compare": [(*PLAIN, *SCORES, "--report", f"report{NAME}")],
+    "auto": [(*TURNED, *SEARCH, "--dry-run"), (*TURNED, *SEARCH, "--out", f"auto{NAME}")],
     "sweep": [(*PLAIN, *SCORES, "--sparsity", "0.5", "--method", "fapm")],
     "demo": [("--out", FT)],
     "train": [(*TRAIN, "--out", f"trained{NAME}")],
 }
 REFUSED = ("demo",)
-JSON = ("diff", "fapm", "magnitude", "half-reset", "hma", "ties", "dare", "wanda", "apply", "compare", "sweep", "train")
+JSON = (
+    "diff",
+    "fapm",
+    "magnitude",
+    "half-reset",
+    "hma",
+    "ties",
+    "dare",
+    "wanda",
+    "apply",
+    "compare",
+    "auto",
+    "sweep",
+    "train",
+)
 
 
 @pytest.fixture(scope="module")

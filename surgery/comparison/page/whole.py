@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.comparison.charts import curve_charts, pareto_chart, tip
 from surgery.comparison.page.drawing import drawing
+from surgery.comparison.page.search import claim, race_table
 from surgery.comparison.page.table import table
-from surgery.comparison.plot import curves, pareto, skills
+from surgery.comparison.plot import curves, pareto, race, skills
 from surgery.comparison.text import html, listed
 from surgery.pictures import DARK, LIGHT
 from surgery.text import duration, finite, number, readable, share, words
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
 POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 # Width of a picture in inches, and the most rows of a panel of bars.
 WIDE, MOST = 9.0, 20
+TITLES = {
+    "compare": ("Comparison", "Comparison of checkpoints"),
+    "sweep": ("Sweep", "Sweep of settings"),
+    "auto": ("Search", "Search for the best model"),
+}
 CAPTIONS = {
+    "race": "Forgetting against retention of all candidates of the search, where the race left them",
     "pareto": "Forgetting against retention of the task score",
     "curves": "Downstream and general score against the setting of each method",
     "skills": "The score of each row on each measure",
@@ -55,16 +62,18 @@ def page(document: dict[str, Any]) -> bytes:
         _asset("page.js"),
     )
     ft, pre = _model(document["ft"]), _model(document["pre"])
-    title = "Sweep" if document["kind"] == "sweep" else "Comparison"
+    title, heading = TITLES[document["kind"]]
     text = Template(_asset("page.html")).substitute(
         policy=POLICY.format(script=_hash(script), style=_hash(style)),
         title=f"{title}: {ft}",
-        heading=f"{title} of checkpoints" if title == "Comparison" else "Sweep of settings",
+        heading=heading,
         ft=ft,
         pre=pre,
         summary=_summary(document),
         table=table(document),
         pareto=_figure(document, "pareto", pareto(document, WIDE)),
+        claim=claim(document) if "auto" in document else "",
+        race=_race(document) if "auto" in document else "",
         curves=_figure(document, "curves", curves(document)) if curve_charts(document) else "",
         skills=_figure(document, "skills", skills(document, MOST, WIDE)),
         most=_most(document),
@@ -80,6 +89,8 @@ def page(document: dict[str, Any]) -> bytes:
 
 
 def _summary(document: dict[str, Any]) -> str:
+    if "auto" in document:
+        return html(document["auto"]["sentence"])
     rows = document["rows"]
     others = [row for row in rows if row["role"] == "other"]
     optimal = [row for row in others if row["pareto"]]
@@ -106,6 +117,15 @@ def _summary(document: dict[str, Any]) -> str:
         f"{first} Among them, {html(keeps['label'])} keeps the most, {share(keeps['retention'])} at a forgetting of "
         f"{number(keeps['forgetting'])}, and {html(spares['label'])} forgets the least, {number(spares['forgetting'])} at "
         f"{share(spares['retention'])}; ft's own forgetting is {number(lost)}."
+    )
+
+
+def _race(document: dict[str, Any]) -> str:
+    figure = _figure(document, "race", race(document, WIDE))
+    return (
+        '<section aria-labelledby="race-title"><h2 id="race-title">The race</h2>\n<p>All candidates on the half of the items '
+        "that was for choosing, where each fell out: the paler, the fewer items it saw. The dashed line is the limit; finalists "
+        f"have a dark edge.</p>\n{figure}\n{race_table(document)}</section>"
     )
 
 

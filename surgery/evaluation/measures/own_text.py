@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from surgery.model.likelihood import Pair
 
 NAME = "self"
-PASSAGES, TOKENS = 128, 128
-QUESTION = 48  # tokens of a question, at most
+PASSAGES, TOKENS = 128, 64
+QUESTION = 32  # tokens of a question, at most
 SEED = 0
 
 

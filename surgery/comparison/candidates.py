@@ -1,0 +1,243 @@
+"""What `surgery auto` tries on a pair: every method of the registry at the settings that it declares, variants, and combinations.
+
+    settings       each method over its own grids, the random ones with several seeds
+    linear         a pruning method on attention and feed-forward alone, embedding and head staying ft's
+    named          settings that a method names, such as the paper's ratios for different parts of the depth
+    then averaged  what a pruning method leaves, averaged with pre
+
+Most of these wait: they are tried where a neighbour of theirs, which is tried at once, does well.
+
+A method that is added to the registry is tried by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from surgery.checkpoint.pair import pair
+from surgery.comparison.grid import command_words, label, line, main_option, settings
+from surgery.editing.edited import Edited
+from surgery.editing.job import Job, plan_pair, replan
+from surgery.errors import OptionError
+from surgery.evaluation.subject import Subject, edited_subject
+from surgery.methods import METHODS, Hma, Method, parameters
+from surgery.option import declared_options, value_of
+
+SEEDS = (0, 1, 2)
+# Of a grid, those that are tried in a variant: enough to see whether the variant is worth more.
+THINNED = 3
+AVERAGED = (0.4, 0.2)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model that may win.
+
+    Attributes:
+        label: its name.
+        method: whose settings it is of; None for a model that exists already.
+        subject: opens it, reading headers only.
+        commands: command lines that make it, one after the other.
+        job: plans what writes it; None for a model that exists already.
+        recipe: what is done to the pair: with the pair, a key to its weights. None where they depend on more.
+        line, place: see `surgery.comparison.race.Standing`.
+        after: labels of others; it is tried once one of them does well. At once where there are none.
+    """
+
+    label: str
+    method: str | None
+    subject: Callable[[], Subject]
+    commands: tuple[tuple[str, ...], ...] = ()
+    job: Callable[[], Job] | None = None
+    recipe: dict[str, Any] | None = None
+    line: Hashable | None = None
+    place: float = 0.0
+    after: tuple[str, ...] = ()
+
+
+def candidates(
+    job: Job,
+    methods: Sequence[Method],
+    command: Callable[[Method], Sequence[str]],
+    *,
+    calibrated: dict[str, Job] | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[list[Candidate], list[str]]:
+    """Settings as candidates.
+
+    Args:
+        job: some planned edit of the pair.
+        methods: the settings.
+        command: the command line of a setting.
+        calibrated: planned edits of methods that need input norms, by the methods' names.
+
+    Returns:
+        The candidates, and a sentence for each setting that does not fit the model.
+    """
+    found, notes, waiting = list[Candidate](), dict[str, None](), _waiting(methods)
+    for method in methods:
+        planned = (calibrated or {}).get(method.name, job)
+        try:
+            replan(planned, method)
+        except OptionError as error:
+            notes.setdefault(f"{label(method)} was not tried: {error}")
+            continue
+        after = waiting.get(label(method), ())
+        found.append(replace(_candidate(planned, method, command, allow_nonfinite), after=after))
+    return found, list(notes)
+
+
+def default_methods(calibrated: bool) -> list[Method]:
+    """The settings of all methods.
+
+    Args:
+        calibrated: those that need input norms, too.
+    """
+    found: dict[str, Method] = {}
+    for kind in METHODS.values():
+        if not kind.calibrated or calibrated:
+            found |= {label(method): method for method in _settings(kind)}
+    return list(found.values())
+
+
+def averaged(
+    job: Job, command: Callable[[Method], Sequence[str]], *, out: Path, allow_nonfinite: bool = False
+) -> list[Candidate]:
+    """Every pruning method, then averaged with pre.
+
+    Args:
+        job: some planned edit of the pair.
+        command: the command line of a setting.
+        out: the folder that the second command is to write, and after which the first one's is named.
+    """
+    found = []
+    for kind in METHODS.values():
+        if kind.merges or kind.calibrated or not _prunes(kind):
+            continue
+        for first in _thinned(settings(kind)):
+            made = [_averaged(job, first, Hma((ratio,)), command, out, allow_nonfinite) for ratio in AVERAGED]
+            found += [made[0], *(replace(one, after=(made[0].label,)) for one in made[1:])]
+    return found
+
+
+def existing(subject: Subject) -> Candidate:
+    """A model that is there already: ft, or one that the user names."""
+    return Candidate(subject.label, None, lambda: subject)
+
+
+def _settings(kind: type[Method]) -> Iterator[Method]:
+    names, plain = {one.name for one in declared_options(kind)}, settings(kind)
+    if "seed" in names:
+        plain = settings(kind, {"seed": [",".join(map(str, SEEDS))]})
+    yield from plain
+    main = main_option(kind)
+    for named in main.option.swept.named if main.option.swept else ():
+        yield from settings(kind, {main.name: [named]})
+    if _prunes(kind) and "scope" in names:
+        yield from _thinned(settings(kind, fixed={"scope": "linear"}))
+
+
+def _waiting(methods: Sequence[Method]) -> dict[str, tuple[str, ...]]:
+    """What settings wait for: every second one along a line for those beside it, a variant for the plain one nearest to it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in dict.fromkeys(map(type, methods)):
+        own = [method for method in methods if type(method) is kind]
+        plain = sorted((method for method in own if _is_plain(method)), key=_place)
+        for at in range(1, len(plain), 2):
+            found[label(plain[at])] = tuple(label(one) for one in (*plain[at - 1 : at], *plain[at + 1 : at + 2]))
+        for method in own:
+            if plain and not _is_plain(method):
+                found[label(method)] = (label(min(plain, key=lambda one: abs(_place(one) - _place(method)))),)
+    return found
+
+
+def _is_plain(method: Method) -> bool:
+    """Whether only the main number of a setting differs from the defaults, and is one number."""
+    main = main_option(type(method)).name
+    value = value_of(method, main)
+    others = [one for one in declared_options(type(method)) if one.name != main]
+    single = not isinstance(value, tuple) or len(value) == 1
+    return single and all(value_of(method, one.name) == one.default for one in others)
+
+
+def _place(method: Method) -> float:
+    """The main number of a setting, or the mean of several."""
+    value = value_of(method, main_option(type(method)).name)
+    return fmean(value) if isinstance(value, tuple) else float(value)
+
+
+def _prunes(kind: type[Method]) -> bool:
+    return main_option(kind).name == "sparsity"
+
+
+def _thinned(methods: Sequence[Method]) -> list[Method]:
+    """A few of the settings along a line, evenly spread, without its ends."""
+    return [methods[(2 * part + 1) * len(methods) // (2 * THINNED)] for part in range(THINNED)]
+
+
+def _candidate(
+    job: Job, method: Method, command: Callable[[Method], Sequence[str]], allow_nonfinite: bool
+) -> Candidate:
+    name, words = label(method), tuple(command(method))
+
+    def subject() -> Subject:
+        made = edited_subject(replan(job, method), label=name, allow_nonfinite=allow_nonfinite)
+        return replace(made, command=list(words))
+
+    return Candidate(
+        name,
+        method.name,
+        subject,
+        (words,),
+        lambda: replan(job, method),
+        None if method.calibrated else {"steps": [_step(method)], "allow_nonfinite": allow_nonfinite},
+        line(method),
+        _place(method),
+    )
+
+
+def _averaged(
+    job: Job,
+    first: Method,
+    second: Hma,
+    command: Callable[[Method], Sequence[str]],
+    out: Path,
+    allow_nonfinite: bool,
+) -> Candidate:
+    between = out.with_name(f"{out.name}-{first.label()}")
+    before = [*command(first), "--out", str(between)]
+    after = command_words(second, before[before.index("--pre") + 1], str(between))
+    name = f"{label(first)}, {label(second)}"
+
+    def planned() -> Job:
+        pruned = Edited(replan(job, first), allow_nonfinite=allow_nonfinite)
+        both = pair(job.pair.pre, pruned.checkpoint)
+        both.notes.append(f"Before this, ft was pruned in memory, as by: {shlex.join(before)}")
+        return plan_pair(both, second)
+
+    def subject() -> Subject:
+        made = edited_subject(planned(), label=name, allow_nonfinite=allow_nonfinite)
+        return replace(made, command=after)
+
+    steps = [_step(first), _step(second)]
+    return Candidate(
+        name,
+        f"{first.name}, {second.name}",
+        subject,
+        (tuple(before), tuple(after)),
+        planned,
+        {"steps": steps, "allow_nonfinite": allow_nonfinite},
+        (first.name, second.ratios),
+        _place(first),
+    )
+
+
+def _step(method: Method) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps({"method": method.name, **parameters(method)}))
+    return found
