@@ -281,8 +281,9 @@ def _inputs(checkpoint: Checkpoint) -> list[Path]:
 def reading(step: Step) -> int:
     """Return the number of bytes that a step reads, over all its passes."""
     base = step.pre.nbytes if step.pre else 0
-    if isinstance(step.action, Prune):  # for the mean, for the threshold, for the output
-        return (2 * step.ft.nbytes + 2 * base) + (base if step.action.uses_mean else 0)
+    if isinstance(step.action, Prune):  # for the mean, for the thresholds, for the output
+        passes = 3 if step.action.top else 2
+        return passes * (step.ft.nbytes + base) + (base if step.action.uses_mean else 0)
     if isinstance(step.action, PruneRows) and (step.action.transposed or step.action.whole):
         return 2 * (step.ft.nbytes + base)
     if isinstance(step.action, Merge):

@@ -68,6 +68,8 @@ def describe(step: Step, result: Result) -> dict[str, Any]:
         line["alpha"] = step.action.alpha
     if isinstance(step.action, Prune | PruneRows):
         line["sparsity"] = step.action.sparsity
+    if isinstance(step.action, Prune):
+        line["top"] = step.action.top
     if step.added is not None:
         line["new_rows"] = step.added.shape[0]
     if result.nonfinite:

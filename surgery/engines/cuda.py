@@ -59,7 +59,9 @@ class CudaEngine:
             kept = None
             if isinstance(step.action, Prune):
                 parts = zip(pre.chunk(step.action.groups), ft.chunk(step.action.groups), strict=True)
-                keep = torch.cat([keep_mask(*part, step.action.score, step.action.sparsity) for part in parts])
+                keep = torch.cat(
+                    [keep_mask(*part, step.action.score, step.action.sparsity, step.action.top) for part in parts]
+                )
                 kept = int(keep.sum())
                 out = torch.where(keep, ft, pre.to(ft.dtype))
             else:

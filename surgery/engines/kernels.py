@@ -155,6 +155,7 @@ def prune(
     ft_dtype: str,
     ft: Array,
     out: Array,
+    ceiling: np.float32 | None = None,
 ) -> Pruned:
     """Score a chunk and write ft where the score is above the threshold, else pre, into out.
 
@@ -162,9 +163,11 @@ def prune(
         mean: mean |W_pre| of the whole tensor.
         pre, base: raw pre in its own type, and in ft's.
         ft, out: raw, in ft's type.
+        ceiling: where the score is at or above it, pre is written too.
     """
     if (
         (compiled := native.compiled)
+        and ceiling is None
         and action.kernel in compiled.scores
         and {pre_dtype, ft_dtype} <= compiled.dtypes.keys()
     ):
@@ -183,7 +186,10 @@ def prune(
         )
         return Pruned(result.before.read(), result.kept2, result.changed, result.kept)
     difference, weight = _difference(pre_dtype, pre, ft_dtype, ft)
-    keep = action.score(np.abs(difference), np.abs(weight), mean) > threshold
+    score = action.score(np.abs(difference), np.abs(weight), mean)
+    keep = score > threshold
+    if ceiling is not None:
+        keep &= ~(score >= ceiling)
     # Through integers, since a float copy may quieten a NaN's bits.
     word = np.dtype(f"u{out.itemsize}")
     out.view(word)[:] = np.where(keep, ft.view(word), base.view(word))

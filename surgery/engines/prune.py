@@ -33,18 +33,19 @@ def prune_groups(worker: Worker, action: Prune, sides: Sides, sink: Sink) -> Res
 
 
 def prune(worker: Worker, action: Prune, sides: Sides, sink: Sink) -> Result:
-    """Carry out a pruning of one group: ft where the score is above the threshold, else pre."""
+    """Carry out a pruning of one group: ft where the score is above the threshold and below the one at the top, else pre."""
     pre, ft, n = sides.pre, sides.ft, sides.ft.entries
-    r = rank(action.sparsity, n)
-    if r in (0, n):
-        return take(worker, Keep() if r == 0 else Reset(), sides, sink)
+    r, k = rank(action.sparsity, n), rank(action.top, n)
+    if r + k in (0, n) or r + k > n:
+        return take(worker, Keep() if r + k == 0 else Reset(), sides, sink)
     mean = worker.chunks.mean(sides) if action.uses_mean else np.float32(0)
-    limit = threshold(worker, action, mean, r, sides)
+    limit = threshold(worker, action, mean, r, sides) if r else np.float32(-np.inf)
+    ceiling = threshold(worker, action, mean, n - k + 1, sides) if k else None
     sums, kept = Sums(), 0
     for start, base, tuned in worker.chunks.read(sides):
         out = worker.out(tuned)
         cast = worker.cast(base, pre, ft)
-        done = kernels.prune(action, mean, limit, pre.dtype, base, cast, ft.dtype, tuned, out)
+        done = kernels.prune(action, mean, limit, pre.dtype, base, cast, ft.dtype, tuned, out, ceiling)
         if pre.dtype == ft.dtype:
             sums.add(done.before, done.kept2, done.changed)
         else:  # what went back was rounded

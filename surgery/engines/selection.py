@@ -50,16 +50,17 @@ def threshold(scores: torch.Tensor, r: int) -> torch.Tensor:
     return flat.kthvalue(r).values
 
 
-def keep_mask(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) -> torch.Tensor:
+def keep_mask(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float, top: float = 0.0) -> torch.Tensor:
     """Which entries of a tensor in memory are kept.
 
     Args:
         pre, ft: one shape, floating point; any device.
         score: the method's score of |Δ|, |pre| and mean |pre|.
-        sparsity: the share of entries that must go, in [0, 1].
+        sparsity: the share of entries with the lowest scores that must go, in [0, 1].
+        top: the share of entries with the highest scores that must go, likewise.
 
     Returns:
-        bool, their shape: True where the score is above the threshold.
+        bool, their shape: True where the score is between the thresholds.
     """
     import torch
 
@@ -67,8 +68,14 @@ def keep_mask(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float
     delta = (ft.to(wide) - pre.to(wide)).float().abs_()
     base = pre.float().abs()
     scores = score(delta, base, base.mean(dtype=torch.float64).float())
-    r = rank(sparsity, scores.numel())
-    return torch.ones_like(scores, dtype=torch.bool) if r == 0 else scores > threshold(scores, r)
+    n = scores.numel()
+    r, k = rank(sparsity, n), rank(top, n)
+    if r == 0 and k == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if r + k >= n:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    keep: torch.Tensor = scores > threshold(scores, r)
+    return keep & ~(scores >= threshold(scores, n - k + 1)) if k else keep
 
 
 def prune(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) -> torch.Tensor:

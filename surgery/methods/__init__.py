@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from surgery.methods.breadcrumbs import Breadcrumbs
 from surgery.methods.dare import Dare
 from surgery.methods.fapm import Fapm
 from surgery.methods.half_reset import HalfReset
@@ -28,6 +29,7 @@ def parameters(method: Method) -> dict[str, Any]:
 
 __all__ = [
     "METHODS",
+    "Breadcrumbs",
     "Dare",
     "Fapm",
     "HalfReset",
@@ -41,5 +43,5 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Fapm, Magnitude, HalfReset, Hma, Lines, Ties, Dare, Wanda)
+    method.name: method for method in (Fapm, Magnitude, Breadcrumbs, HalfReset, Hma, Lines, Ties, Dare, Wanda)
 }

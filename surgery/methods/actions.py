@@ -31,8 +31,9 @@ class Reset:
 class Prune:
     """ft where an entry's score is above the r-th smallest of the tensor, r = round(sparsity · n); elsewhere pre.
 
-    `kernel` names the score's twin in kernels.c, if it has one. With `groups` above 1 the tensor is cut along its outermost
-    dimension into so many equal parts, each with a mean and a threshold of its own.
+    With `top` those at or above the k-th largest are pre's too, k = round(top · n): both ends go; never so in a merge. `kernel`
+    names the score's twin in kernels.c, if it has one. With `groups` above 1 the tensor is cut along its outermost dimension into
+    so many equal parts, each with a mean and thresholds of its own.
     """
 
     score: Score
@@ -40,6 +41,7 @@ class Prune:
     uses_mean: bool = False
     kernel: str = ""
     groups: int = 1
+    top: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

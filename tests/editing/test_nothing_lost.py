@@ -33,6 +33,7 @@ from surgery.checkpoint.tensor import Span
 METHODS = {
     "fapm": "ft-fapm-0.9",
     "magnitude": "ft-magnitude-0.9",
+    "breadcrumbs": "ft-breadcrumbs-0.9",
     "half-reset": "ft-half-reset-0.5",
     "hma": "ft-hma-0.5",
     "lines": "ft-lines-0",

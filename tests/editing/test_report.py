@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import Tensors, fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
-from helpers.reference.formulas import SCORES, distance_ratio, exact, kept, mean_distance, trimmed
+from helpers.reference.formulas import SCORES, distance_ratio, exact, kept, magnitude_score, mean_distance, trimmed
 
 from surgery import __version__
 from surgery.editing import report
 from surgery.editing.job import prepare
 from surgery.editing.run import run
 from surgery.methods import METHODS, Method
+from surgery.methods.breadcrumbs import Breadcrumbs
 from surgery.methods.fapm import Fapm
 from surgery.methods.half_reset import HalfReset
 from surgery.methods.hma import Hma
@@ -37,6 +38,7 @@ RUNS: dict[str, Callable[[], Method]] = {
     "fapm": lambda: Fapm(0.7),
     "fapm, rest pre": lambda: Fapm(0.7, Scope("linear", "pre")),
     "magnitude": lambda: Magnitude(0.5),
+    "breadcrumbs": lambda: Breadcrumbs(0.5, 0.1),
     "all of pre": lambda: Magnitude(1.0),
     "half-reset": HalfReset,
     "hma": lambda: Hma((0.3, 0.0)),
@@ -93,8 +95,8 @@ def test_every_number_is_a_recount_of_the_files(
             assert (line["kept"], line["pruned"], line["achieved_sparsity"]) == (None, pruned, pruned / n)
             continue
         if line["action"] == "pruned":
-            score = SCORES[document["method"]](pre[name], ft[name])
-            keep = int(kept(score, line["sparsity"]).sum())
+            score = SCORES.get(document["method"], magnitude_score)(pre[name], ft[name])
+            keep = int(kept(score, line["sparsity"], line["top"]).sum())
         else:
             keep = {"kept": n, "reset": 0}[line["action"]]
         assert (line["kept"], line["pruned"], line["achieved_sparsity"]) == (keep, n - keep, (n - keep) / n)

@@ -22,6 +22,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 COMMANDS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "fapm": (["--sparsity", "0.7", "--scope", "linear"], {"sparsity": 0.7}),
     "magnitude": (["--sparsity", "0.25"], {"sparsity": 0.25}),
+    "breadcrumbs": (["--sparsity", "0.3", "--top", "0.2"], {"sparsity": 0.3, "top": 0.2}),
     "half-reset": (["--ratio", "0.4", "--seed", "5", "--level", "model"], {"ratio": 0.4, "seed": 5, "level": "model"}),
     "hma": (["--ratios", "0.3,0.2"], {"ratios": (0.3, 0.2)}),
     "lines": (["--alpha", "0.4", "--outside", "alpha"], {"alpha": 0.4, "outside": "alpha"}),

@@ -19,6 +19,7 @@ WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 METHOD_OPTIONS: dict[str, list[str]] = {
     "fapm": [],
     "magnitude": ["--sparsity", "0.5", "--rest", "pre"],
+    "breadcrumbs": ["--sparsity", "0.5", "--top", "0.1"],
     "half-reset": ["--seed", "3"],
     "hma": ["--ratios", "0.3,0.1"],
     "lines": ["--alpha", "0.2"],

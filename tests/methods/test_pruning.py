@@ -1,4 +1,4 @@
-"""FAPM and magnitude: the files that a run writes, bit for bit against `reference.formulas`.
+"""FAPM, magnitude and breadcrumbs: the files that a run writes, bit for bit against `reference.formulas`.
 
 All cases of a kind are tensors of one checkpoint, so that a run answers for all of them.
 """
@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import Tensors, read_checkpoint, write_checkpoint
+from helpers.checkpoints import Tensors, fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
+from helpers.mergekit import mergekit, needs_mergekit
 from helpers.reference.formulas import F32 as F32Array
 from helpers.reference.formulas import SCORES, exact, fapm_score, fapm_score64, kept, pruned, same_bits
 from helpers.runs import MAKE
 
 from surgery.editing.job import prepare
 from surgery.editing.run import run
+from surgery.methods import Breadcrumbs
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPARSITIES = (0.0, 0.001, 0.5, 0.9, 0.999, 1.0)
@@ -143,6 +145,41 @@ def test_the_files_hold_the_bits_that_the_formula_chooses(
         if not same_bits(out[name], pruned(case.pre, case.ft, kept(case.scores[method], sparsity)))
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "top"), [(0.9, 0.01), (0.0, 0.01), (0.5, 0.5), (0.3, 0.6), (0.2, 0.9), (0.5, 0.0)]
+)
+def test_breadcrumbs_go_at_both_ends(
+    pair: tuple[Path, dict[str, Case]], sparsity: float, top: float, tmp_path: Path
+) -> None:
+    folder, table = pair
+    run(prepare(folder / "pre", folder / "ft", Breadcrumbs(sparsity, top), out=tmp_path / "out"))
+    out = read_checkpoint(tmp_path / "out")
+    wrong = [
+        case.legend
+        for name, case in table.items()
+        if not same_bits(out[name], pruned(case.pre, case.ft, kept(case.scores["magnitude"], sparsity, top)))
+    ]
+    assert wrong == []
+
+
+@needs_mergekit
+@pytest.mark.parametrize(("sparsity", "top"), [(0.9, 0.01), (0.5, 0.05)])
+def test_mergekit_keeps_the_same_breadcrumbs(sparsity: float, top: float, tmp_path: Path) -> None:
+    """Its density is what is left at both ends. Of float32 tensors without ties, whose sizes both shares divide.
+
+    It cuts density · n down to a whole number: hence the little that is added.
+    """
+    pre = tiny_llama(F32, width=20)
+    ft = fine_tuned(pre)
+    weights = {"density": 1 - sparsity - top + 1e-9, "gamma": top, "weight": 1.0}
+    theirs = mergekit(tmp_path, pre, [ft], "breadcrumbs", weights=weights)
+    run(prepare(tmp_path / "pre", tmp_path / "ft0", Breadcrumbs(sparsity, top), out=tmp_path / "ours"))
+    ours = read_checkpoint(tmp_path / "ours")
+    for name in (name for name in ours if ours[name].dim() == 2):
+        assert torch.equal(ours[name] != pre[name], theirs[name] != pre[name]), name
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-8), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from helpers.checkpoints import fine_tuned, read_checkpoint, tiny_llama, write_checkpoint
 from helpers.command import call, refused
+from helpers.mergekit import mergekit, needs_mergekit
 from helpers.reference.formulas import exact, prune, same_bits, ties, trimmed
 from helpers.runs import BF16, F16, F32, F64, WEIGHT, merged, models
 
@@ -20,8 +19,6 @@ from surgery.editing.run import run
 from surgery.errors import OptionError, PairError
 from surgery.methods import Fapm, Ties
 from surgery.methods.scope import Scope
-
-MERGEKIT = os.environ.get("MERGEKIT_PYTHON")
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.6])
@@ -199,32 +196,16 @@ def test_no_model_is_written_to(root: Path) -> None:
     )
 
 
-@pytest.mark.skipif(
-    MERGEKIT is None, reason="set MERGEKIT_PYTHON=/path/to/venv/bin/python, one that has mergekit 0.1.5"
-)
+@needs_mergekit
 @pytest.mark.parametrize(("count", "lam"), [(1, 1.0), (2, 1.0), (3, 0.7)])
 def test_mergekit_merges_to_the_same_numbers(count: int, lam: float, tmp_path: Path) -> None:
     """Its `ties` at equal weights, on float32 files in which no votes cancel."""
     pre = tiny_llama(F32, width=20)
     fts = [fine_tuned(pre, seed=seed) for seed in range(1, count + 1)]
-    config = {"hidden_size": 20, "intermediate_size": 60, "num_hidden_layers": 2, "vocab_size": 80}
-    shape = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2, "num_key_value_heads": 1, **config}
-    names = ["pre", *(f"ft{number}" for number in range(count))]
-    for name, tensors in zip(names, (pre, *fts), strict=True):
-        write_checkpoint(tmp_path / name, tensors, config={"model_type": "llama", **shape})
     weights = {"density": 0.2, "weight": 1.0}
-    recipe = {
-        "merge_method": "ties",
-        "base_model": str(tmp_path / "pre"),
-        "dtype": "float32",
-        "parameters": {"normalize": True, "lambda": lam},
-        "models": [{"model": str(tmp_path / name), "parameters": weights} for name in names[1:]],
-    }
-    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
-    command = [str(MERGEKIT), "-m", "mergekit.scripts.run_yaml", "recipe.yml", "theirs", "--no-copy-tokenizer"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    theirs = read_checkpoint(tmp_path / "theirs")
-    run(prepare(tmp_path / "pre", [tmp_path / name for name in names[1:]], Ties(0.8, lam), out=tmp_path / "ours"))
+    theirs = mergekit(tmp_path, pre, fts, "ties", weights=weights, recipe={"normalize": True, "lambda": lam})
+    paths = [tmp_path / f"ft{number}" for number in range(count)]
+    run(prepare(tmp_path / "pre", paths, Ties(0.8, lam), out=tmp_path / "ours"))
     ours = read_checkpoint(tmp_path / "ours")
     for name in (name for name in ours if ours[name].dim() == 2):
         assert ours[name].numel() % 5 == 0

@@ -67,13 +67,17 @@ def magnitude_score(pre: Tensor, ft: Tensor) -> F32:
 SCORES: dict[str, Scorer] = {"fapm": fapm_score, "magnitude": magnitude_score}
 
 
-def kept(score: NDArray[Any], sparsity: float) -> Bools:
-    """r = round(s · n); t = the r-th smallest; an entry is kept where score > t; with r = 0 all are kept."""
-    r = round(sparsity * score.size)
-    if r == 0:
-        return np.ones(score.size, bool)
-    t = np.sort(score)[r - 1]
-    keep: Bools = score > t
+def kept(score: NDArray[Any], sparsity: float, top: float = 0.0) -> Bools:
+    """r = round(s · n); t = the r-th smallest; an entry is kept where score > t; with r = 0 all are kept.
+
+    So at the other end: k = round(top · n); u = the k-th largest; an entry is kept where score < u.
+    """
+    r, k = round(sparsity * score.size), round(top * score.size)
+    keep = np.ones(score.size, bool)
+    if r:
+        keep &= score > np.sort(score)[r - 1]
+    if k:
+        keep &= score < np.sort(score)[-k]
     return keep
 
 
