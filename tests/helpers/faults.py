@@ -106,7 +106,7 @@ class Faults:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Every name under a folder with a digest of what it holds; of a report without the versions of libraries.
+    """Every name under a folder with a digest of what it holds; of a report and of a task vector's without the versions of libraries.
 
     Python's importlib, which knows them, takes a folder that it cannot list for empty.
     """
@@ -119,12 +119,26 @@ def digests(root: Path) -> dict[str, str]:
 
 def _content(path: Path) -> bytes:
     content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        return _without_versions(content)
     if path.name != "surgery-report.json":
         return content
     try:
         return json.dumps(json.loads(content) | {"versions": None}).encode()
     except ValueError:
         return content
+
+
+def _without_versions(content: bytes) -> bytes:
+    """A safetensors file; a task vector without the versions in the report that its header holds."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8:end])
+        document = json.loads(header["__metadata__"].pop("document"))
+        document["report"]["versions"] = None
+    except (ValueError, KeyError):
+        return content
+    return json.dumps([header, document]).encode() + content[end:]
 
 
 def below(all_of: dict[str, str], name: str) -> dict[str, str]:
