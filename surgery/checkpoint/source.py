@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint.container import Container, Shard
-from surgery.checkpoint.formats import FORMATS, Base, Choice, by_ending, choose
+from surgery.checkpoint.formats import FORMATS, Base, Choice, adapter, choose, mlx, single
+from surgery.checkpoint.formats.format import Opened
 from surgery.checkpoint.hub import Source, resolve
 from surgery.checkpoint.tensor import Tensor
 from surgery.checkpoint.tied import config_of
@@ -19,6 +21,9 @@ from surgery.layout import unwrapped
 UNMERGED = re.compile(
     r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_[ab]|hada_w\d_[ab]|oft_R|ia3_l)(?:\.|$)"
 )
+ADAPTERS = (adapter.NAME, mlx.NAME)
+# How deep a folder is searched for an adapter: "run/checkpoint-500/adapter".
+DEPTH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +70,10 @@ def open_both(pre: str, *tuned: str) -> tuple[Checkpoint, list[Checkpoint]]:
     base = resolve(pre, companions=any(format.borrows for format in formats))
     choice = weights_of(base, adapters=False)
     if FORMATS[choice.format].needs_base and not FORMATS[choice.format].endings:
+        made_for = adapter.made_for(base.folder / choice.inside / adapter.CONFIG)
         raise CheckpointError(
-            f"{base.folder}: is an adapter, so it cannot be `pre`. Give the model that it was made for."
+            f"{base.folder}: is an adapter, so it cannot be `pre`. Give the model that it was made for"
+            + (f", {made_for}." if made_for else ".")
         )
     if FORMATS[choice.format].needs_base:
         if formats[0].needs_base:
@@ -91,12 +98,9 @@ def weights_of(source: Source, *, adapters: bool = True) -> Choice:
         CheckpointError: there are none, or it is not clear which.
     """
     if source.file:
-        format = by_ending(source.file)
-        if format is None:
-            raise CheckpointError(f"{source.folder / source.file}: is no checkpoint. Give the folder that holds one.")
-        return Choice(format.name, (source.file,))
+        return single(source.file, [path.name for path in source.folder.iterdir()], str(source.folder))
     try:
-        return choose(list(_names(source.folder)), str(source.folder), CheckpointError, adapters=adapters)
+        choice = choose(list(_names(source.folder)), str(source.folder), CheckpointError, adapters=adapters)
     except CheckpointError as error:
         inner = _inside(source.folder)
         if len(inner) == 1:
@@ -104,24 +108,49 @@ def weights_of(source: Source, *, adapters: bool = True) -> Choice:
             note = f"The weights of {source.folder} lie in its folder {name}."
             return replace(choice, inside=name, notes=(*choice.notes, note))
         if inner:
-            several = ", ".join(sorted(inner)[:4])
             raise CheckpointError(
-                f"{source.folder}: has no weights itself, and {len(inner)} folders that do ({several}). Give one, such as "
+                f"{source.folder}: has no weights itself, and {len(inner)} folders that do ({_some(inner)}). Give one, such as "
                 f"{source.folder / sorted(inner)[-1]}."
             ) from None
         raise error
+    if choice.format in ADAPTERS:  # peft saves the first adapter in the folder itself, and others in folders inside
+        others = [name for name, inner in _inside(source.folder).items() if inner.format in ADAPTERS]
+        if others:
+            note = (
+                f"{source.folder} holds further adapters ({_some(others)}): the one in the folder itself is meant. For another "
+                f"give its folder, such as {source.folder / others[0]}."
+            )
+            return replace(choice, notes=(*choice.notes, note))
+    return choice
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:4])
 
 
 def _inside(folder: Path) -> dict[str, Choice]:
-    """The sub-folders that hold weights: of an adapter, or a whole model that was saved as a folder with a file's name."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            try:
-                found[path.name] = choose(list(_names(path)), str(path), CheckpointError)
-            except CheckpointError:
-                continue
-    return found
+    """The folders inside that hold weights: of an adapter, or a model that was saved as a folder with a file's name.
+
+    Where there are none, the nearest adapters further inside.
+    """
+    level = [folder]
+    for depth in range(DEPTH):
+        level = [path for outer in level for path in _folders(outer)]
+        found = {}
+        for path in level:
+            with suppress(CheckpointError, OSError):
+                choice = choose(list(_names(path)), str(path), CheckpointError)
+                if depth == 0 or choice.format in ADAPTERS:
+                    found[path.relative_to(folder).as_posix()] = choice
+        if found:
+            return found
+    return {}
+
+
+def _folders(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return []
 
 
 def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters: bool = True) -> Checkpoint:
@@ -148,11 +177,16 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters
     opened = FORMATS[choice.format].open(source.folder / choice.inside, choice, base)
     notes += [note for note in opened.notes if note not in notes]
     if factor := next((name for name in opened.tensors if UNMERGED.search(name)), None):
-        raise CheckpointError(
-            f"{opened.tensors[factor].path}: holds a LoRA that is not merged ({factor}), beside the weights of its base. "
-            "Load it with peft, call merge_and_unload, and give the folder of what save_pretrained writes then; or give the "
-            "adapter that peft saves, with its adapter_config.json."
-        )
+        path, config = opened.tensors[factor].path, source.folder / choice.inside / adapter.CONFIG
+        if not (config.is_file() and adapters):
+            raise CheckpointError(
+                f"{path}: holds a LoRA that is not merged ({factor}), beside the weights of its base. Load it with peft, call "
+                "merge_and_unload, and give the folder of what save_pretrained writes then; or put the adapter's "
+                f"{adapter.CONFIG}, which says r and lora_alpha, beside it."
+            )
+        own = Base(opened.tensors, opened.files, config=config_of(source.folder))
+        opened = Opened(adapter.merged(config, path, own), {**opened.files, adapter.CONFIG: config})
+        notes.append(f"{path} holds a LoRA that is not merged: it was added as {adapter.CONFIG} says.")
     if not opened.tensors:
         raise CheckpointError(f"{source.folder}: the checkpoint holds no tensor.")
     tensors, container = _unwrapped(opened.tensors, opened.container)

@@ -106,7 +106,7 @@ class Faults:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Every name under a folder with a digest of what it holds; of a report and of a task vector's without the versions of libraries.
+    """Every name under a folder with a digest of what it holds; of a report, a task vector's too, without versions of libraries.
 
     Python's importlib, which knows them, takes a folder that it cannot list for empty.
     """

@@ -11,9 +11,9 @@ from collections.abc import Collection
 from surgery.checkpoint.formats import adapter, gguf, meta, mlx, pytorch, safetensors
 from surgery.checkpoint.formats.foreign import explained
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear
-from surgery.errors import SurgeryError
+from surgery.errors import CheckpointError, SurgeryError
 
-__all__ = ["FORMATS", "Base", "Choice", "Format", "Opened", "by_ending", "choose"]
+__all__ = ["FORMATS", "Base", "Choice", "Format", "Opened", "choose", "single"]
 
 # In the order in which they are looked for: an adapter changes what lies beside it, safetensors come before torch's own files.
 FORMATS: dict[str, Format] = {
@@ -22,9 +22,36 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def by_ending(file: str) -> Format | None:
-    """The format of a single file."""
-    return next((format for format in FORMATS.values() if file.endswith(format.endings)), None)
+def single(file: str, names: Collection[str], where: str) -> Choice:
+    """The choice of a single file, with the configuration beside it that an adapter needs.
+
+    Args:
+        names: the files of its folder.
+        where: its folder.
+
+    Raises:
+        CheckpointError: it is in no format, or lacks its configuration.
+    """
+    if (choice := _of_adapter(file)) and adapter.CONFIG not in names:
+        raise CheckpointError(f"{where}: {_lacks_config(file)}")
+    if choice:
+        return choice
+    format = next((format for format in FORMATS.values() if file.endswith(format.endings)), None)
+    if format is None:
+        raise CheckpointError(f"{where}/{file}: is no checkpoint. Give the folder that holds one.")
+    return Choice(format.name, (file,))
+
+
+def _of_adapter(file: str) -> Choice | None:
+    """The choice of a file with the name of an adapter's weights, and of its configuration."""
+    return adapter.FORMAT.find((file, adapter.CONFIG)) or mlx.FORMAT.find((file, adapter.CONFIG))
+
+
+def _lacks_config(file: str) -> str:
+    return (
+        f"{file} lies there without {adapter.CONFIG}, which says how the adapter is scaled (r, lora_alpha). Copy it from where "
+        "the adapter was trained: peft's save_pretrained writes both."
+    )
 
 
 def choose(names: Collection[str], where: str, error: type[SurgeryError], *, adapters: bool = True) -> Choice:
@@ -48,6 +75,8 @@ def choose(names: Collection[str], where: str, error: type[SurgeryError], *, ada
             return choice
     if adapter.CONFIG in names:
         raise error(f"{where}: is an adapter without its weights, {adapter.WEIGHTS[0]}. Put them there.")
+    if file := next((name for name in names if _of_adapter(name)), None):
+        raise error(f"{where}: {_lacks_config(file)}")
     if sentence := explained(names, where):
         raise error(f"{where}: {sentence}")
     raise error(

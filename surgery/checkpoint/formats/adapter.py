@@ -5,6 +5,7 @@ Here each of its tensors finds the weight that it belongs to; `lora` has the for
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,10 +18,11 @@ from surgery.checkpoint.formats.adapter_config import MERGE, Settings
 from surgery.checkpoint.formats.fit import Fit
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened
 from surgery.checkpoint.formats.safetensors import read_header
+from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.tensor import Tensor
 from surgery.checkpoint.tied import embedding_and_head, same_bytes, tying
 from surgery.errors import CheckpointError
-from surgery.layout import align, place, projections
+from surgery.layout import align, place, projections, unwrapped
 
 NAME, CONFIG, WEIGHTS = "adapter", "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 # A whole model beside an adapter: transformers loads it and puts the adapter on.
@@ -34,7 +36,8 @@ PART = re.compile(
 UNKNOWN = re.compile(r"\.lora_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.")
 # Of a vocabulary with more rows peft stores the saved modules twice more, under its wrapper's names.
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")
-WRAPPED = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
+WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|original_module)(?=\.|$)")
+SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 # The order in which a module has its stacked experts; peft nests what is added to them in it.
 EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 Read = Callable[[Path, Path, Base], dict[str, Tensor]]
@@ -91,6 +94,28 @@ def _sort(weights: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, Parts]
         else:  # modules_to_save, trained biases, an embedding with more rows, or the copy of one that LoRA was added to
             whole[WRAPPED.sub("", name)] = tensor
     return parts, whole
+
+
+def merged(config: Path, weights: Path, base: Base) -> dict[str, Tensor]:
+    """The tensors of a model in whose state dict an adapter's tensors lie beside the weights, as peft has it in memory.
+
+    Args:
+        config: the adapter's adapter_config.json.
+        weights: the file, or one of them.
+        base: the state dict.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    plain, stored = {}, {}
+    for name, tensor in base.tensors.items():
+        key = unwrapped(name)
+        if PART.fullmatch(key) or SAVED.search(key):
+            stored[SAVED.sub("", key)] = tensor
+        else:
+            key = WRAPPED.sub("", key)
+            plain[key] = replace(tensor, name=key)
+    return read(config, weights, replace(base, tensors=plain), stored=stored)
 
 
 class _Change(NamedTuple):
@@ -288,7 +313,25 @@ def opened(folder: Path, choice: Choice, base: Base | None, read: Read) -> Opene
     config, weights = files.values()
     tensors = read(config, weights, base)
     files |= {f"base/{name}": path for name, path in base.files.items()}
-    return Opened(tensors, files, base.container if base.tensors.keys() == tensors.keys() else None)
+    container = base.container if base.tensors.keys() == tensors.keys() else None
+    named = None if choice.beside else made_for(config)
+    if named is None or _is_called(base.typed, named):
+        return Opened(tensors, files, container)
+    note = f"{config} names {named} as its base, and pre is {base.typed}: the two must be the same weights."
+    return Opened(tensors, files, container, (note,))
+
+
+def made_for(config: Path) -> str | None:
+    """The base that an adapter's configuration names, as peft and mlx-lm write it; None where it names none."""
+    values = read_json(config)
+    named = values.get("base_model_name_or_path") or values.get("model")
+    return named if isinstance(named, str) and named else None
+
+
+def _is_called(typed: str, named: str) -> bool:
+    """Whether what the user typed is the named model: the same path, or the last part of an id, in another folder too."""
+    ends = [text.partition("@")[0].rstrip("/").rpartition("/")[2].lower() for text in (typed, named)]
+    return ends[0] == ends[1] or os.path.realpath(typed) == os.path.realpath(named)
 
 
 FORMAT = Format(NAME, _find, _open, borrows=True, needs_base=True)
