@@ -42,6 +42,7 @@ SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 Read = Callable[[Path, Path, Base], dict[str, Tensor]]
 Parts = dict[str, Tensor]
+Experts = dict[tuple[str, str, int], str]  # module, projection, number of the expert -> name of the tensor
 
 
 def read(config: Path, weights: Path, base: Base, *, stored: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -234,14 +235,8 @@ class _Reading:
         raise no_base(self.weights, change.key)
 
     @cached_property
-    def _experts(self) -> dict[tuple[str, str, int], str]:
-        """The weights of single experts: module, role, number -> name."""
-        found = {name: projections(name) for name in self.base.tensors}
-        return {
-            (held.module, held.roles[0], held.expert): name
-            for name, held in found.items()
-            if held and held.expert is not None and held.kind == "weight" and len(held.roles) == 1
-        }
+    def _experts(self) -> Experts:
+        return single_experts(self.base.tensors)
 
     def _changes(self, module: str, parts: Mapping[str, Parts]) -> Iterator[_Change]:
         """What the factors of one module change."""
@@ -272,6 +267,16 @@ class _Reading:
             for name in sorted(inner, key=lambda name: (order.get(name, -1), name))
             if f".{module}.{name}".endswith(tuple(f".{target}" for target in self.settings.parameters))
         ]
+
+
+def single_experts(tensors: Mapping[str, Tensor]) -> Experts:
+    """The weights of experts that are stored one by one."""
+    found = {name: projections(name) for name in tensors}
+    return {
+        (held.module, held.roles[0], held.expert): name
+        for name, held in found.items()
+        if held and held.expert is not None and held.kind == "weight" and len(held.roles) == 1
+    }
 
 
 def replaced(weights: Path, tensor: Tensor, before: Tensor) -> Tensor:

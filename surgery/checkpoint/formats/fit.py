@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from surgery.checkpoint.formats import lora
+from surgery.checkpoint.formats import lora, low_rank
 from surgery.checkpoint.formats.adapter_config import MERGE, Settings
 from surgery.checkpoint.formats.format import Base
 from surgery.checkpoint.formats.whole import Kernel, Principal
@@ -27,7 +27,7 @@ class Fit:
     """
 
     def __init__(self, weights: Path, settings: Settings, base: Base) -> None:
-        self.weights, self.settings, self.base, self.experts = weights, settings, base, lora.Experts()
+        self.weights, self.settings, self.base, self.experts = weights, settings, base, low_rank.Experts()
 
     def _computed(self, before: Tensor, change: lora.Change) -> Tensor:
         return replace(before, data=lora.Computed(self.weights, before, before.dtype, change), start=0)
@@ -52,8 +52,8 @@ class Fit:
         if bias.shape != before.shape or not self.settings.biased:
             raise CheckpointError(f"{self.weights}: {module}.lora_B.bias is no part of plain LoRA. {MERGE}")
         self._floats(module, before, bias)
-        left, right = lora.one, partial(lora.row, bias)
-        return self._computed(before, lora.Added(lora.LowRank(left, right, self.settings.scale(module))))
+        left, right = low_rank.one, partial(low_rank.row, bias)
+        return self._computed(before, lora.Added(low_rank.LowRank(left, right, self.settings.scale(module))))
 
     def weight(self, module: str, parts: Parts, before: Tensor) -> Tensor:
         """Factors added to the weight of a linear layer, an embedding or a convolution."""
@@ -81,7 +81,7 @@ class Fit:
         if before.shape[:2] != (sizes[::-1] if transposed else sizes):
             raise self._unfit(module, sizes, before)
         scale = self.settings.scale(module)
-        delta = lora.low_rank(a, b, scale, transposed=transposed) if len(a.shape) == 2 else Kernel(a, b, scale)
+        delta = low_rank.low_rank(a, b, scale, transposed=transposed) if len(a.shape) == 2 else Kernel(a, b, scale)
         if self.settings.principal and not embedding and len(a.shape) == 2:
             residual = Principal(before, self.settings.principal, rank, scale, transposed)
             before = self._computed(before, lora.Added(residual))
@@ -122,12 +122,12 @@ class Fit:
         if len(before.shape) not in (2, 3) or inner != (sizes[::-1] if transposed else sizes):
             raise self._unfit(key, sizes, before)
         experts = [
-            lora.LowRank(
-                partial(self.experts.b, b, count, number), partial(self.experts.a, a, count, number), scale, transposed
+            low_rank.LowRank(
+                partial(self.experts.b, b, count, number), partial(low_rank.block, a, count, number), scale, transposed
             )
             for number in range(count)
         ]
-        return self._computed(before, lora.Added(lora.Stacked(experts, inner[0]), twice=True))
+        return self._computed(before, lora.Added(low_rank.Stacked(experts, inner[0]), twice=True))
 
     def expert(self, key: str, parts: Parts, number: int, index: int, pieces: int, before: Tensor) -> Tensor:
         """The same for one projection of one expert that the base stores by itself.
@@ -144,7 +144,7 @@ class Fit:
             raise self._unfit(f"{key} of expert {number}", (rows, a.shape[1]), before)
         left = partial(self.experts.b, b, count, number, slice(index * rows, (index + 1) * rows))
         return self._computed(
-            before, lora.Added(lora.LowRank(left, partial(self.experts.a, a, count, number), scale), twice=True)
+            before, lora.Added(low_rank.LowRank(left, partial(low_rank.block, a, count, number), scale), twice=True)
         )
 
     def _factors(self, key: str, parts: Parts, before: Tensor, count: int) -> tuple[Tensor, Tensor, float]:

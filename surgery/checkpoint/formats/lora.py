@@ -7,19 +7,13 @@
 with A [r, in], B [out, r], s = α/r, or α/√r for rank-stabilized LoRA (arXiv 2312.03732). It is rounded as by peft's
 `merge_and_unload` on a CPU: all is float32 (float64 where W is), and the result is rounded once to the type of W; where it is
 said, s · B·A is rounded to that type before.
-
-BLAS does not promise that the bits of an entry of B·A do not depend on which others are asked for with it. So an entry is summed
-here, over r in order, by fused multiply-adds; a BLAS that keeps this order gives the same bits. A step is done in float64, where
-the product is exact; that rounds twice, which is seldom another number than that of a true fused step.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,159 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import RAW, Array, Floats, narrow, widen
-from surgery.checkpoint.tensor import Handle, Tensor, read_bytes
+from surgery.checkpoint.formats.low_rank import Delta, Loaded, numbers, run
+from surgery.checkpoint.tensor import Handle, Tensor
 
 # Entries that are worked on at once: the float64 product and the float32 sum stay in a core's cache.
 BLOCK = 1 << 14
-# Factors of stacked experts that stay in memory.
-RECENT = 4
-Factor = Callable[[], Floats]
-
-
-def numbers(tensor: Tensor) -> Floats:
-    """A small tensor in float32, in which peft keeps what is trained."""
-    raw = np.frombuffer(read_bytes(tensor), RAW[tensor.dtype])
-    return widen(tensor.dtype, raw).astype(np.float32).reshape(tensor.shape)
-
-
-def one() -> Floats:
-    """The factor [[1]]."""
-    return np.ones((1, 1), np.float32)
-
-
-def row(tensor: Tensor) -> Floats:
-    """A vector [n] as [1, n]."""
-    return numbers(tensor).reshape(1, -1)
-
-
-class Experts:
-    """The factors of stacked experts. Those read last are kept, since the experts of a layer are read one after the other."""
-
-    def __init__(self) -> None:
-        self.lock, self.recent = threading.Lock(), OrderedDict[Tensor, Floats]()
-
-    def a(self, tensor: Tensor, experts: int, number: int) -> Floats:
-        """One expert's A [r, in] of [experts · r, in]: they lie one after the other."""
-        rank = tensor.shape[0] // experts
-        return numbers(tensor.rows(number * rank, (number + 1) * rank))
-
-    def b(self, tensor: Tensor, experts: int, number: int, rows: slice = slice(None)) -> Floats:
-        """Some rows of one expert's B [out, r] of [out, experts · r]: the experts alternate in its columns."""
-        with self.lock:
-            found = self.recent.pop(tensor, None)
-            self.recent[tensor] = found = numbers(tensor) if found is None else found
-            if len(self.recent) > RECENT:
-                self.recent.popitem(last=False)
-        return found[rows, number::experts]
-
-
-class Loaded(Protocol):
-    """A matrix that is computed part by part.
-
-    Attributes:
-        width: its columns.
-    """
-
-    width: int
-
-    def part(self, row: int, rows: int, column: int, columns: int) -> Floats:
-        """Compute a rectangle of it, float32 [rows, columns]."""
-
-
-class Delta(Protocol):
-    """What is added to a weight."""
-
-    def load(self) -> Loaded:
-        """Read what it is computed from."""
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """s · left·right, or its transpose.
-
-    Attributes:
-        left, right: give [rows, r] and [r, columns] in float32.
-        transposed: it is (left·right)ᵀ, added to a weight that is stored as [in, out].
-    """
-
-    left: Factor
-    right: Factor
-    scale: float
-    transposed: bool = False
-
-    def load(self) -> LoadedLowRank:
-        left, right = self.left(), self.right()
-        return LoadedLowRank(right.T, left.T, self.scale) if self.transposed else LoadedLowRank(left, right, self.scale)
-
-
-def low_rank(a: Tensor, b: Tensor, scale: float, *, transposed: bool = False) -> LowRank:
-    """s · B·A of the factors A [r, in] and B [out, r]."""
-    return LowRank(partial(numbers, b), partial(numbers, a), scale, transposed)
-
-
-class LoadedLowRank:
-    """Factors in memory."""
-
-    def __init__(self, left: Floats, right: Floats, scale: float) -> None:
-        self.left, self.right, self.scale = left, right.astype(np.float64, order="C"), np.float32(scale)
-        self.width = right.shape[1]
-
-    def part(self, row: int, rows: int, column: int, columns: int) -> Floats:
-        found = product(self.left[row : row + rows], self.right[:, column : column + columns])
-        found *= self.scale
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Stacked:
-    """The matrices of experts, one under the other: what is added to a weight [experts, rows, columns]."""
-
-    experts: Sequence[Delta]
-    rows: int
-
-    def load(self) -> LoadedStack:
-        return LoadedStack([expert.load() for expert in self.experts], self.rows)
-
-
-class LoadedStack:
-    """The factors of all experts in memory."""
-
-    def __init__(self, experts: Sequence[Loaded], rows: int) -> None:
-        self.experts, self.rows, self.width = experts, rows, experts[0].width
-
-    def part(self, row: int, rows: int, column: int, columns: int) -> Floats:
-        parts, end = [], row + rows
-        while row < end:
-            expert, inside = divmod(row, self.rows)
-            count = min(end - row, self.rows - inside)
-            parts.append(self.experts[expert].part(inside, count, column, columns))
-            row += count
-        return np.concatenate(parts)
-
-
-def product(left: Floats, right: NDArray[np.float64]) -> Floats:
-    """left [rows, r] · right [r, columns], each entry summed in float32 by fused multiply-adds in the order of r."""
-    factors = left.astype(np.float64)
-    total = np.zeros((len(left), right.shape[1]), np.float32)
-    exact = np.empty(total.shape)
-    for k in range(len(right)):
-        np.multiply(factors[:, k, None], right[k], out=exact)
-        exact += total
-        total[...] = exact
-    return total
-
-
-def run(delta: Loaded, start: int, count: int) -> Floats:
-    """Some entries of a matrix, counted row by row, from `start` on."""
-    out = np.empty(count, np.float32)
-    begin = 0
-    while begin < count:
-        row, column = divmod(start + begin, delta.width)
-        rows = 1 if column else max((count - begin) // delta.width, 1)
-        columns = min(delta.width - column, count - begin)
-        out[begin : begin + rows * columns] = delta.part(row, rows, column, columns).reshape(-1)
-        begin += rows * columns
-    return out
 
 
 class Before:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from surgery.checkpoint.dtypes import RAW, Floats, widen
-from surgery.checkpoint.formats.lora import LoadedLowRank, numbers
+from surgery.checkpoint.formats.low_rank import LoadedLowRank, numbers
 from surgery.checkpoint.tensor import Tensor, read_bytes
 
 
