@@ -37,6 +37,7 @@ def show_plan(job: Job, *, as_json: bool) -> None:
         "reset": "reset to pre",
         "prune": "prune",
         "prunerows": "prune",
+        "keepsalient": "prune",
         "blend": "average",
         "merge": "merge",
         "copy": "copy ft",

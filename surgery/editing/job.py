@@ -21,7 +21,7 @@ from surgery.checkpoint.source import Checkpoint, open_both
 from surgery.checkpoint.tied import CONFIG, untied
 from surgery.errors import CheckpointError, OptionError
 from surgery.methods import METHODS, Method, parameters
-from surgery.methods.actions import Draw, Merge, Prune, PruneRows, Step
+from surgery.methods.actions import Draw, KeepSalient, Merge, Prune, PruneRows, Step
 
 QUANTIZATION = "quantization_config"
 
@@ -286,6 +286,8 @@ def reading(step: Step) -> int:
         return passes * (step.ft.nbytes + base) + (base if step.action.uses_mean else 0)
     if isinstance(step.action, PruneRows) and (step.action.transposed or step.action.whole):
         return 2 * (step.ft.nbytes + base)
+    if isinstance(step.action, KeepSalient):  # for the weights, for a sample, for the quartiles, for the output
+        return 4 * (step.ft.nbytes + base)
     if isinstance(step.action, Merge):
         once = step.ft.nbytes + base + sum(other.nbytes for other in step.others)
         return once + (once + len(step.others) * base if isinstance(step.action.keeps, Prune) else 0)

@@ -13,7 +13,7 @@ from typing import Any
 from surgery.engines.results import Result
 from surgery.layout import CATEGORIES
 from surgery.methods import METHODS
-from surgery.methods.actions import Action, Blend, Keep, Merge, Prune, PruneRows, Reset, Step
+from surgery.methods.actions import Action, Blend, Keep, KeepSalient, Merge, Prune, PruneRows, Reset, Step
 from surgery.text import readable, words
 
 ACTIONS: dict[type[Action], str] = {
@@ -21,6 +21,7 @@ ACTIONS: dict[type[Action], str] = {
     Reset: "reset",
     Prune: "pruned",
     PruneRows: "pruned",
+    KeepSalient: "pruned",
     Blend: "averaged",
     Merge: "merged",
 }

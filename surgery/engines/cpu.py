@@ -20,8 +20,9 @@ from surgery.engines.merge import merge
 from surgery.engines.prune import prune_groups, take
 from surgery.engines.results import Result, Sums
 from surgery.engines.rows import prune_rows
+from surgery.engines.salient import keep_salient
 from surgery.engines.worker import Shifted, Worker, checked
-from surgery.methods.actions import Blend, Keep, Merge, Prune, PruneRows, Reset, Step
+from surgery.methods.actions import Blend, Keep, KeepSalient, Merge, Prune, PruneRows, Reset, Step
 
 COPY_BYTES = 1 << 20
 
@@ -55,6 +56,8 @@ class CpuEngine:
                         result = prune_groups(self.worker, action, sides, sink)
                     case PruneRows() as action:
                         result = prune_rows(self.worker, action, sides, sink)
+                    case KeepSalient() as action:
+                        result = keep_salient(self.worker, action, sides, sink)
                     case Blend() as action:
                         result = self._blend(action, sides, sink)
                     case Merge() as action:

@@ -7,7 +7,7 @@ where the group is the whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from surgery.methods.actions import Keep, PruneRows, Reset
 class Matrix:
     """A matrix as it is stored, [height, width], which begins at an entry of its tensor.
 
-    weights is float32 [1, width], or [height, 1] where the matrix is stored transposed.
+    weights is float32 [1, width], or [height, 1] where the matrix is stored transposed or each of its rows has a weight.
     """
 
     sides: Sides
@@ -63,7 +63,7 @@ def prune_rows(worker: Worker, action: PruneRows, sides: Sides, sink: Sink) -> R
     sums, kept, word = Sums(), 0, np.dtype(f"u{RAW[sides.ft.dtype].itemsize}")
     for matrix in _matrices(action, weights, entries, sides):
         limit = _limit(worker, action, matrix, r)
-        for first, base, tuned, scores in _stored_rows(worker, matrix):
+        for first, base, tuned, scores in stored_rows(worker, matrix):
             keep = scores > (np.partition(scores, r - 1, axis=1)[:, r - 1 : r] if limit is None else limit)
             # Through integers, since a float copy may quieten a NaN's bits.
             cast = worker.cast(base, sides.pre, sides.ft).view(word)
@@ -88,11 +88,12 @@ def _matrices(action: PruneRows, weights: Floats, entries: int, sides: Sides) ->
 def _limit(worker: Worker, action: PruneRows, matrix: Matrix, r: int) -> Floats | np.float32 | None:
     """The threshold of the matrix, or those of its columns [width]; None where every stored row has its own."""
     if action.whole:
-        return _whole_limit(worker, matrix, r)
+        return nth_scores(worker, matrix, [r])[0]
     return _column_limits(worker, matrix, r) if action.transposed else None
 
 
-def _whole_limit(worker: Worker, matrix: Matrix, r: int) -> np.float32:
+def nth_scores(worker: Worker, matrix: Matrix, ranks: Sequence[int]) -> list[np.float32]:
+    """The r-th smallest of all scores of a matrix, for each of the ranks r ≥ 1, exactly: a sample and mostly one pass."""
     n = matrix.height * matrix.width
     starts, length = runs(n)
     sample = []
@@ -101,18 +102,20 @@ def _whole_limit(worker: Worker, matrix: Matrix, r: int) -> np.float32:
         delta, _ = kernels.task_vector(matrix.sides.pre.dtype, base, matrix.sides.ft.dtype, tuned)
         weights = np.broadcast_to(matrix.weights, (matrix.height, matrix.width)).flat[int(start) : int(start) + length]
         sample.append(delta * weights)
-    search = Search(np.stack(sample), n, r)
-    while not search.found:
-        low, high, collect = search.bracket()
-        above_low = above_high = 0
-        inside = [np.empty(0, np.float32)]
-        for *_, scores in _stored_rows(worker, matrix):
-            low_mask, high_mask = scores > low, scores > high
-            above_low, above_high = above_low + int(low_mask.sum()), above_high + int(high_mask.sum())
-            if collect:
-                inside.append(scores[low_mask & ~high_mask])
-        search.narrow(above_low, above_high, np.concatenate(inside))
-    return search.threshold
+    searches = [Search(np.stack(sample), n, r) for r in ranks]
+    while waiting := [search for search in searches if not search.found]:
+        brackets = [search.bracket() for search in waiting]
+        above = np.zeros((len(waiting), 2), np.int64)
+        inside = [[np.empty(0, np.float32)] for _ in waiting]
+        for *_, scores in stored_rows(worker, matrix):
+            for number, (low, high, collect) in enumerate(brackets):
+                low_mask, high_mask = scores > low, scores > high
+                above[number] += low_mask.sum(), high_mask.sum()
+                if collect:
+                    inside[number].append(scores[low_mask & ~high_mask])
+        for search, counts, found in zip(waiting, above, inside, strict=True):
+            search.narrow(int(counts[0]), int(counts[1]), np.concatenate(found))
+    return [search.threshold for search in searches]
 
 
 def _column_limits(worker: Worker, matrix: Matrix, r: int) -> Floats:
@@ -128,7 +131,7 @@ def _column_limits(worker: Worker, matrix: Matrix, r: int) -> Floats:
     return limits
 
 
-def _stored_rows(worker: Worker, matrix: Matrix) -> Iterator[tuple[int, Array, Array, Floats]]:
+def stored_rows(worker: Worker, matrix: Matrix) -> Iterator[tuple[int, Array, Array, Floats]]:
     """(first row, raw pre, raw ft, scores [rows, width]) of as many stored rows at a time as a chunk holds, one at least."""
     step = max(CHUNK // matrix.width, 1)
     for first in range(0, matrix.height, step):

@@ -13,6 +13,7 @@ from surgery.methods.hma import Hma
 from surgery.methods.lines import Lines
 from surgery.methods.magnitude import Magnitude
 from surgery.methods.method import Method
+from surgery.methods.salience import Salience
 from surgery.methods.ties import Ties
 from surgery.methods.wanda import Wanda
 
@@ -37,11 +38,12 @@ __all__ = [
     "Lines",
     "Magnitude",
     "Method",
+    "Salience",
     "Ties",
     "Wanda",
     "parameters",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Fapm, Magnitude, Breadcrumbs, HalfReset, Hma, Lines, Ties, Dare, Wanda)
+    method.name: method for method in (Fapm, Magnitude, Breadcrumbs, Salience, HalfReset, Hma, Lines, Ties, Dare, Wanda)
 }

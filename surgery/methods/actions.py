@@ -62,6 +62,19 @@ class PruneRows:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepSalient:
+    """ft where |Δ| · weight of the row is at least median + spread · (Q3 − Q1) of these scores over the tensor; elsewhere pre.
+
+    Attributes:
+        row_weights: (ft, pre) -> the weights [rows] of some rows [rows, width] of the stored tensor; float64 in, float32 out.
+        spread: how far above the median the threshold lies, in distances of the quartiles.
+    """
+
+    row_weights: Callable[[Any, Any], Any]
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
 class Blend:
     """alpha · pre + (1 − alpha) · ft; alpha lies strictly between 0 and 1."""
 
@@ -81,7 +94,7 @@ class Merge:
     keeps: Prune | Draw
 
 
-Action = Keep | Reset | Prune | PruneRows | Blend | Merge
+Action = Keep | Reset | Prune | PruneRows | KeepSalient | Blend | Merge
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,7 @@ def test_a_tied_head_that_one_side_stores(name: str, tmp_path: Path) -> None:
     mains: dict[str, dict[str, Any]] = {
         "hma": {"ratios": (0.3,)},
         "lines": {"alpha": 0.7},
+        "salience": {},
         "half-reset": {},
         "dare": {"drop_rate": 0.5},
     }

@@ -34,6 +34,7 @@ METHODS = {
     "fapm": "ft-fapm-0.9",
     "magnitude": "ft-magnitude-0.9",
     "breadcrumbs": "ft-breadcrumbs-0.9",
+    "salience": "ft-salience-1.5",
     "half-reset": "ft-half-reset-0.5",
     "hma": "ft-hma-0.5",
     "lines": "ft-lines-0",

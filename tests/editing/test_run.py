@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "fapm": (["--sparsity", "0.7", "--scope", "linear"], {"sparsity": 0.7}),
     "magnitude": (["--sparsity", "0.25"], {"sparsity": 0.25}),
     "breadcrumbs": (["--sparsity", "0.3", "--top", "0.2"], {"sparsity": 0.3, "top": 0.2}),
+    "salience": (["--threshold", "0.25"], {"threshold": 0.25}),
     "half-reset": (["--ratio", "0.4", "--seed", "5", "--level", "model"], {"ratio": 0.4, "seed": 5, "level": "model"}),
     "hma": (["--ratios", "0.3,0.2"], {"ratios": (0.3, 0.2)}),
     "lines": (["--alpha", "0.4", "--outside", "alpha"], {"alpha": 0.4, "outside": "alpha"}),

@@ -20,6 +20,7 @@ METHOD_OPTIONS: dict[str, list[str]] = {
     "fapm": [],
     "magnitude": ["--sparsity", "0.5", "--rest", "pre"],
     "breadcrumbs": ["--sparsity", "0.5", "--top", "0.1"],
+    "salience": ["--threshold", "0.5"],
     "half-reset": ["--seed", "3"],
     "hma": ["--ratios", "0.3,0.1"],
     "lines": ["--alpha", "0.2"],

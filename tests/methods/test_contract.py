@@ -33,6 +33,7 @@ CASES = {
     "fapm": Case({"sparsity": 0.9}, "fapm-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
     "magnitude": Case({"sparsity": 0.9}, "magnitude-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
     "breadcrumbs": Case({"sparsity": 0.9}, "breadcrumbs-0.9", {"sparsity": 0.0, "top": 0.0}, {"sparsity": 1.0}),
+    "salience": Case({}, "salience-1.5", {"threshold": -1e9}, {"threshold": 1e9}),
     "half-reset": Case({"ratio": 0.5, "seed": 3}, "half-reset-0.5", {"ratio": 0.0}, {"ratio": 1.0}),
     "hma": Case({"ratios": (0.3, 0.2)}, "hma-0.3-0.2", {"ratios": (0.0,)}, {"ratios": (1.0,)}),
     "lines": Case({"alpha": 0.3}, "lines-0.3", {"alpha": 1.0}, None),

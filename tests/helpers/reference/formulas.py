@@ -107,6 +107,21 @@ def blend(pre: Tensor, ft: Tensor, alpha: float) -> Tensor:
     return torch.from_numpy(mixed).to(ft.dtype).reshape(ft.shape)
 
 
+def salience_score(pre: Tensor, ft: Tensor) -> F64:
+    """|Δ| · KL(softmax(row of ft) ‖ softmax(row of pre)), flat, in float64."""
+    p, q = (torch.softmax(side.double(), dim=-1) for side in (ft, pre))
+    divergence = (p * torch.log(p / q)).sum(dim=-1, keepdim=True)
+    score: F64 = ((ft.double() - pre.double()).abs() * divergence).flatten().numpy()
+    return score
+
+
+def salience_limit(score: NDArray[Any], spread: float) -> float:
+    """median + spread · (Q3 − Q1), where the q-quantile is the sorted score number ⌊q · (n − 1)⌋, from 0."""
+    ordered = np.sort(score)
+    q1, median, q3 = (ordered[math.floor(q * (score.size - 1))] for q in (0.25, 0.5, 0.75))
+    return float(median + spread * (q3 - q1))
+
+
 def distance_ratio(x: Tensor, pre: Tensor) -> float | None:
     """‖θ_k − θ0_k‖ / ‖θ0_k‖; None where the base is zero."""
     below = math.sqrt(math.fsum(exact(pre) ** 2))
