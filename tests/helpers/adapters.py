@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -45,6 +46,7 @@ def make(
     stored: torch.dtype | None = None,
     rows: int | None = None,
     safe: bool = True,
+    config: Callable[..., PeftConfig] = LoraConfig,
     **options: Any,
 ) -> Made:
     """Build a tiny model, train an adapter at random, save both, and merge them with peft.
@@ -53,13 +55,19 @@ def make(
         dtype, stored: types of the base and, where it is another than peft's own, of the adapter's numbers.
         rows: of the vocabulary, resized before training.
         safe: adapter_model.safetensors, not .bin.
-        options: of LoraConfig.
+        config, options: the type of adapter, LoRA of rank 4 where nothing else is said, and its settings.
     """
     base, adapter = folder / "base", folder / "adapter"
     model = family.build(1, dtype)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():  # biases begin as zero
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
     model.save_pretrained(base)
     # The defaults of initialisation make B zero, and what is trained as a whole equal to the base.
-    trained = get_peft_model(reload(model, base, rows), LoraConfig(**{"r": 4, "lora_alpha": 6, **options}))
+    defaults = {"r": 4, "lora_alpha": 6} if config is LoraConfig else {}
+    trained = get_peft_model(reload(model, base, rows), config(**{**defaults, **options}))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():

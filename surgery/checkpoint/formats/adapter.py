@@ -30,16 +30,19 @@ WHOLE = (safetensors.SINGLE, safetensors.INDEX, "pytorch_model.bin", "pytorch_mo
 PREFIX = "base_model.model."
 # peft names the adapter in a model's own state dict ("lora_A.default.weight"), and leaves the name out where it saves.
 PART = re.compile(
-    r"(?P<module>.+?)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
+    r"(?P<module>.+?)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|(?:token_adapter\.)?trainable_tokens_delta"
+    r"|ia3_l|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
-UNKNOWN = re.compile(r"\.lora_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.")
+UNKNOWN = re.compile(r"\.lora_|\.ia3_|\.hada_|\.lokr_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.")
 # Of a vocabulary with more rows peft stores the saved modules twice more, under its wrapper's names.
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")
-WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|original_module)(?=\.|$)")
+WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|original_module|ln_tuning_layers)(?=\.|$)")
 SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 # The order in which a module has its stacked experts; peft nests what is added to them in it.
 EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+LORA = {"lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+STARTS = {"IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_"}
 Read = Callable[[Path, Path, Base], dict[str, Tensor]]
 Parts = dict[str, Tensor]
 Experts = dict[tuple[str, str, int], str]  # module, projection, number of the expert -> name of the tensor
@@ -126,14 +129,16 @@ class _Change(NamedTuple):
         key: the weight's name in the adapter.
         make: returns the changed weight for the weight before; raises CheckpointError where the two do not fit.
         tokens: it replaces rows, in a head that is tied to the embedding too.
-        experts: gives the same for the part of one expert, where the base stores them one by one: number, place among the
+        expert: gives the same for the part of one expert, where the base stores them one by one: number, place among the
             projections that are stored together, how many these are.
+        optional: the base may lack the weight.
     """
 
     key: str
     make: Callable[[Tensor], Tensor]
     tokens: bool = False
     expert: Callable[[int, int, int, Tensor], Tensor] | None = None
+    optional: bool = False
 
 
 class _Reading:
@@ -232,6 +237,8 @@ class _Reading:
             ]
             if places:
                 return places
+        if change.optional:
+            return []
         raise no_base(self.weights, change.key)
 
     @cached_property
@@ -243,6 +250,9 @@ class _Reading:
         of_module, plain = parts[module], WRAPPED.sub("", module)
         if "trainable_tokens_delta" in of_module:
             yield _Change(f"{plain}.weight", partial(self.fit.rows, plain, of_module), tokens=True)
+            return
+        if self.settings.kind != "LORA" or not LORA & of_module.keys():
+            yield from self._others(module, of_module)
             return
         if targets := self._parameters(plain):
             nested = sorted((other for other in parts if WRAPPED.sub("", other) == plain), key=len, reverse=True)
@@ -257,6 +267,19 @@ class _Reading:
         yield _Change(f"{module}.weight", partial(self.fit.weight, module, of_module))
         if "lora_B.bias" in of_module:
             yield _Change(f"{module}.bias", partial(self.fit.bias, module, of_module["lora_B.bias"]))
+
+    def _others(self, module: str, parts: Parts) -> Iterator[_Change]:
+        """What an adapter of another type than LoRA changes."""
+        make = {"IA3": self.fit.multiplied, "LOHA": self.fit.hadamard, "LOKR": self.fit.kronecker}.get(
+            self.settings.kind
+        )
+        if make is None or not all(kind.startswith(STARTS[self.settings.kind]) for kind in parts):
+            raise CheckpointError(
+                f"{self.weights}: {module}.{next(iter(parts))} is no part of an adapter of type {self.settings.kind}. {MERGE}"
+            )
+        yield _Change(f"{module}.weight", partial(make, module, parts))
+        if self.settings.kind == "IA3":
+            yield _Change(f"{module}.bias", partial(self.fit.multiplied, module, parts), optional=True)
 
     def _parameters(self, module: str) -> list[str]:
         """The parameters of a module that are targeted by themselves, in the order in which the model has them."""

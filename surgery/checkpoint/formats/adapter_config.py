@@ -34,10 +34,15 @@ NO_MERGE = (
 )
 
 
+# Types that are read. Others are refused by their name.
+KINDS = ("LORA", "IA3", "LOHA", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS")
+
+
 class Settings:
-    """The settings of a LoRA adapter.
+    """The settings of an adapter.
 
     Attributes:
+        kind: one of `KINDS`.
         saved: names of modules that were trained as a whole.
         tied: the head stays tied to the embedding, whatever is trained of the two.
         parameters: names or ends of names of parameters that LoRA was added to by themselves.
@@ -47,19 +52,19 @@ class Settings:
         principal: the base was changed first, by its largest singular values ("pissa") or by a QR decomposition ("olora").
 
     Raises:
-        CheckpointError: it is no LoRA, or has settings that are damaged or that surgery does not know.
+        CheckpointError: it is of another type, or has settings that are damaged or that surgery does not know.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.values = path, read_json(path)
-        kind = self.values.get("peft_type")
-        if kind in NO_MERGE:
+        self.kind = str(self.values.get("peft_type"))
+        if self.kind in NO_MERGE:
             raise CheckpointError(
-                f"{path}: is an adapter of type {kind}, which changes no weight of its base, so there is no fine-tuned model to "
-                "read. Give a model or a LoRA adapter."
+                f"{path}: is an adapter of type {self.kind}, which changes no weight of its base, so there is no fine-tuned "
+                "model to read. Give a model or a LoRA adapter."
             )
-        if kind != "LORA":
-            raise CheckpointError(f"{path}: is an adapter of type {kind}, not LORA. {MERGE}")
+        if self.kind not in KINDS:
+            raise CheckpointError(f"{path}: is an adapter of type {self.kind}, which surgery does not read. {MERGE}")
         begun = self.values.get("init_lora_weights", True)
         self.principal = begun.lower() if isinstance(begun, str) and begun.lower() in PRINCIPAL else None
         if begun not in PLAIN and not self.principal:
@@ -82,7 +87,8 @@ class Settings:
 
     def scale(self, module: str) -> float:
         """s: α/r or α/√r."""
-        alpha, rank = self._number("lora_alpha", "alpha_pattern", module), self.rank(module)
+        key = "lora_alpha" if self.kind == "LORA" else "alpha"
+        alpha, rank = self._number(key, "alpha_pattern", module), self.rank(module)
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
     def rows(self, module: str) -> tuple[int, ...]:
@@ -91,11 +97,12 @@ class Settings:
         return next(found, self.tokens.get("", ()))
 
     def _tokens(self) -> dict[str, tuple[int, ...]]:
-        stored = self.values.get("trainable_token_indices") or {}
+        key = "token_indices" if self.kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
+        stored = self.values.get(key) or {}
         table = stored if isinstance(stored, Mapping) else {"": stored}
         for rows in table.values():
             if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < 1 << 40 for row in rows):
-                raise self._damaged("trainable_token_indices")
+                raise self._damaged(key)
         return {name: tuple(rows) for name, rows in table.items()}
 
     def _names(self, key: str) -> tuple[str, ...]:

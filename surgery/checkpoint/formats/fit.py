@@ -76,8 +76,7 @@ class Fit:
                 f"{self.settings.path.name} says {rank}. Save the adapter again."
             )
         sizes = (b.shape[0], a.shape[1])
-        square = sizes[0] == sizes[1] and self._turned and place(before.name).layer is not None
-        transposed = embedding or (len(a.shape) == 2 and (square or sizes != before.shape))
+        transposed = embedding or (len(a.shape) == 2 and (sizes != before.shape or self._is_turned(before)))
         if before.shape[:2] != (sizes[::-1] if transposed else sizes):
             raise self._unfit(module, sizes, before)
         scale = self.settings.scale(module)
@@ -146,6 +145,66 @@ class Fit:
         return self._computed(
             before, lora.Added(low_rank.LowRank(left, partial(low_rank.block, a, count, number), scale), twice=True)
         )
+
+    def multiplied(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """(IA)³: the outputs of a layer, its bias among them, or its inputs, each times a number."""
+        vector = parts["ia3_l"]
+        self._floats(module, before, vector)
+        inputs = vector.shape[:1] == (1,)
+        if len(before.shape) == 1 and inputs:
+            return before
+        axis = 1 if inputs else 0
+        if len(before.shape) == 2 and (before.shape[axis] != vector.entries or self._is_turned(before)):
+            axis = 1 - axis
+        if len(vector.shape) != 2 or before.shape[axis : axis + 1] != (vector.entries,) or len(before.shape) > 2:
+            raise self._unfit(f"{module}.ia3_l", vector.shape, before)
+        return self._computed(before, lora.Multiplied(vector, axis == 1 or len(before.shape) == 1, before.shape[-1]))
+
+    def hadamard(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """LoHa: two products of factors, multiplied entry by entry."""
+        rank = self.settings.rank(module)
+        rows, columns = before.shape[0], before.entries // before.shape[0]
+        self._shapes(
+            module, parts, {f"hada_w{n}_{k}": (rows, rank) if k == "a" else (rank, columns) for n in "12" for k in "ab"}
+        )
+        self._floats(module, before, *parts.values())
+        one, two = (low_rank.low_rank(parts[f"hada_w{n}_b"], parts[f"hada_w{n}_a"], 1.0) for n in "12")
+        return self._computed(before, lora.Added(low_rank.Hadamard(one, two, self.settings.scale(module))))
+
+    def kronecker(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """LoKr: the Kronecker product of two matrices, each of them whole or a product of factors."""
+        self._floats(module, before, *parts.values())
+        sides = []
+        for side in ("lokr_w1", "lokr_w2"):
+            whole, a, b = (parts.get(f"{side}{end}") for end in ("", "_a", "_b"))
+            if whole is not None and a is None and b is None:
+                shape, factor = (whole.shape[0], whole.entries // whole.shape[0]), partial(low_rank.matrix, whole)
+            elif whole is None and a is not None and b is not None and a.shape[1:] == b.shape[:1] and len(b.shape) == 2:
+                shape, factor = (a.shape[0], b.shape[1]), partial(low_rank.multiplied, a, b)
+            else:
+                raise CheckpointError(
+                    f"{self.weights}: {module} has no pair of lokr_w1 and lokr_w2. Save the adapter again."
+                )
+            sides.append((shape, factor))
+        ((rows, columns), one), ((inner, width), two) = sides
+        if (rows * inner, columns * width) != (before.shape[0], before.entries // before.shape[0]):
+            raise self._unfit(module, (rows * inner, columns * width), before)
+        return self._computed(before, lora.Added(low_rank.Kronecker(one, two, self.settings.scale(module))))
+
+    def _shapes(self, module: str, parts: Parts, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        if parts.keys() != wanted.keys() or any(parts[kind].shape != shape for kind, shape in wanted.items()):
+            found, asked = (
+                ", ".join(f"{kind} {list(shape)}" for kind, shape in shapes.items())
+                for shapes in ({kind: tensor.shape for kind, tensor in parts.items()}, wanted)
+            )
+            raise CheckpointError(
+                f"{self.weights}: {module} has {found}, where the base and {self.settings.path.name} ask for {asked}. Give the "
+                "base that it was made for as `pre`."
+            )
+
+    def _is_turned(self, before: Tensor) -> bool:
+        """Whether a square weight is stored as [in, out]."""
+        return before.shape[0] == before.shape[1] and self._turned and place(before.name).layer is not None
 
     def _factors(self, key: str, parts: Parts, before: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
         """A [experts · r, in] and B [out, experts · r] of a parameter, checked, and s."""

@@ -2,6 +2,7 @@
 
     LoRA    W' = W + s · B·A                              (Hu et al., arXiv 2106.09685, Eq. 3)
     DoRA    W' = m · (W + s · B·A) / ‖W + s · B·A‖        (Liu et al., arXiv 2402.09353, Eq. 5; a norm for each output)
+    (IA)³   W' = l · W by rows or by columns              (Liu et al., arXiv 2205.05638, Sec. 3.3)
     tokens  some rows of W are replaced
 
 with A [r, in], B [out, r], s = α/r, or α/√r for rank-stabilized LoRA (arXiv 2312.03732). It is rounded as by peft's
@@ -179,6 +180,41 @@ class OpenColumnScaled:
             values = before.values(first + start, len(part)) + run(self.delta, first + start, len(part))
             values *= factors[np.arange(first + start, first + start + len(part)) % width]
             part[:] = narrow(values, before.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Multiplied:
+    """W with each row, or each column, times a number.
+
+    Attributes:
+        vector: as many numbers as rows or columns.
+        width: how many columns W has; of a vector, its length.
+    """
+
+    vector: Tensor
+    columns: bool
+    width: int
+
+    def open(self) -> OpenMultiplied:
+        return OpenMultiplied(numbers(self.vector).reshape(-1), 1 if self.columns else self.width)
+
+
+class OpenMultiplied:
+    """The same, opened.
+
+    Attributes:
+        span: entries, one after the other, that are multiplied by the same number; after the last number comes the first again.
+    """
+
+    def __init__(self, vector: Floats, span: int) -> None:
+        self.vector, self.span = vector, span
+
+    def fill(self, before: Before, first: int, out: Array) -> None:
+        before.fill(first, out)
+        for start in range(0, len(out), BLOCK):
+            part = out[start : start + BLOCK]
+            places = np.arange(first + start, first + start + len(part)) // self.span % len(self.vector)
+            part[:] = narrow(widen(before.dtype, part) * self.vector[places], before.dtype)
 
 
 @dataclass(frozen=True, slots=True)

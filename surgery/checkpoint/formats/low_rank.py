@@ -1,4 +1,4 @@
-"""What is added to a weight, s · B·A, computed part by part from its small factors.
+"""What is added to a weight, s · B·A and its like, computed part by part from small factors.
 
 BLAS does not promise that the bits of an entry of B·A do not depend on which others are asked for with it. So an entry is summed
 here, over r in order, by fused multiply-adds; a BLAS that keeps this order gives the same bits. A step is done in float64, where
@@ -29,6 +29,19 @@ def numbers(tensor: Tensor) -> Floats:
     """A small tensor in float32, in which peft keeps what is trained."""
     raw = np.frombuffer(read_bytes(tensor), RAW[tensor.dtype])
     return widen(tensor.dtype, raw).astype(np.float32).reshape(tensor.shape)
+
+
+def matrix(tensor: Tensor) -> Floats:
+    """A tensor [n, …] as [n, m]."""
+    return numbers(tensor).reshape(tensor.shape[0], -1)
+
+
+def multiplied(a: Tensor, b: Tensor) -> Floats:
+    """a [n, r] · b [r, m], as torch sums it."""
+    import torch
+
+    found: Floats = (torch.from_numpy(numbers(a)) @ torch.from_numpy(numbers(b))).numpy()
+    return found
 
 
 def one() -> Floats:
@@ -150,6 +163,56 @@ class LoadedStack:
             parts.append(self.experts[expert].part(inside, count, column, columns))
             row += count
         return np.concatenate(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Hadamard:
+    """LoHa: s · one ∘ two, entry by entry (Hyeon-Woo et al., arXiv 2108.06098, Proposition 1)."""
+
+    one: Delta
+    two: Delta
+    scale: float
+
+    def load(self) -> LoadedHadamard:
+        return LoadedHadamard(self.one.load(), self.two.load(), self.scale)
+
+
+class LoadedHadamard:
+    """The factors of both in memory."""
+
+    def __init__(self, one: Loaded, two: Loaded, scale: float) -> None:
+        self.one, self.two, self.scale, self.width = one, two, np.float32(scale), one.width
+
+    def part(self, row: int, rows: int, column: int, columns: int) -> Floats:
+        found = self.one.part(row, rows, column, columns) * self.two.part(row, rows, column, columns)
+        found *= self.scale
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """LoKr: s · one ⊗ two (Yeh et al., arXiv 2309.14859, Sec. 4.2)."""
+
+    one: Factor
+    two: Factor
+    scale: float
+
+    def load(self) -> LoadedKronecker:
+        return LoadedKronecker(self.one(), self.two(), self.scale)
+
+
+class LoadedKronecker:
+    """Both matrices in memory."""
+
+    def __init__(self, one: Floats, two: Floats, scale: float) -> None:
+        self.one, self.two, self.scale, self.width = one, two, np.float32(scale), one.shape[1] * two.shape[1]
+
+    def part(self, row: int, rows: int, column: int, columns: int) -> Floats:
+        inner, width = self.two.shape
+        down, across = np.arange(row, row + rows)[:, None], np.arange(column, column + columns)
+        found: Floats = self.one[down // inner, across // width] * self.two[down % inner, across % width]
+        found *= self.scale
+        return found
 
 
 def product(left: Floats, right: NDArray[np.float64]) -> Floats:

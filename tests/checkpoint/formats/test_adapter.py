@@ -275,7 +275,8 @@ def refused(made: Made, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "another method": ({"peft_type": "IA3"}, "is an adapter of type IA3, not LORA"),
+    "another method": ({"peft_type": "VERA"}, "is an adapter of type VERA, which surgery does not read. Merge it"),
+    "a prompt": ({"peft_type": "PREFIX_TUNING"}, "is an adapter of type PREFIX_TUNING, which changes no weight"),
     "no method": ({"peft_type": None}, "is an adapter of type None"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq, which changes the base too"),
     "an odd beginning": ({"init_lora_weights": ["x"]}, "changes the base too"),

@@ -12,7 +12,7 @@ import torch
 from helpers.adapters import assert_is_merged, fill, make
 from helpers.checkpoints import read_checkpoint
 from helpers.families import FAMILIES, Family
-from peft import PeftModel
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, PeftModel, TrainableTokensConfig
 from transformers import AutoModelForCausalLM
 
 from surgery.__main__ import main
@@ -66,6 +66,54 @@ KINDS: dict[str, tuple[Family, dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_dora": True},
     ),
     "olora": (FAMILIES["llama"], {"target_modules": ["q_proj", "up_proj", "down_proj"], "init_lora_weights": "olora"}),
+    "ia3": (
+        FAMILIES["qwen2"],
+        {
+            "config": IA3Config,
+            "target_modules": ["k_proj", "o_proj", "down_proj"],
+            "feedforward_modules": ["down_proj", "o_proj"],
+        },
+    ),
+    "ia3 of conv1d": (
+        FAMILIES["gpt2"],
+        {
+            "config": IA3Config,
+            "target_modules": ["c_attn", "attn.c_proj", "mlp.c_proj"],
+            "feedforward_modules": ["mlp.c_proj", "attn.c_proj"],
+        },
+    ),
+    "loha": (
+        FAMILIES["llama"],
+        {
+            "config": LoHaConfig,
+            "r": 3,
+            "alpha": 5,
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"down_proj": 2},
+        },
+    ),
+    "loha of a convolution": (
+        FAMILIES["vit"],
+        {"config": LoHaConfig, "r": 3, "alpha": 5, "target_modules": ["projection"]},
+    ),
+    "lokr": (FAMILIES["llama"], {"config": LoKrConfig, "r": 3, "alpha": 5, "target_modules": ["k_proj", "down_proj"]}),
+    "lokr of factors": (
+        FAMILIES["llama"],
+        {
+            "config": LoKrConfig,
+            "r": 2,
+            "alpha": 5,
+            "target_modules": ["q_proj", "down_proj"],
+            "decompose_both": True,
+            "decompose_factor": 8,
+        },
+    ),
+    "lokr of a convolution": (
+        FAMILIES["vit"],
+        {"config": LoKrConfig, "r": 4, "alpha": 5, "target_modules": ["projection"], "use_effective_conv2d": True},
+    ),
+    "norms": (FAMILIES["llama"], {"config": LNTuningConfig, "target_modules": ["input_layernorm"]}),
+    "tokens alone": (FAMILIES["qwen2"], {"config": TrainableTokensConfig, "token_indices": [5, 2]}),
 }
 
 
@@ -87,6 +135,9 @@ def test_a_tensor_is_what_peft_merges(kind: str, dtype: torch.dtype, tmp_path: P
         "stacked experts",
         "square experts of gpt-oss",
         "olora",
+        "ia3 of conv1d",
+        "loha",
+        "lokr of factors",
     ],
 )
 def test_any_part_of_a_tensor_has_the_bytes_of_the_whole(kind: str, tmp_path: Path) -> None:
