@@ -280,7 +280,7 @@ def auto(
         options: others of `surgery.evaluation.scoring.Scoring`.
 
     Raises:
-        OptionError: both limits are given, there are too few items, or ft is no better than pre on the task.
+        OptionError: both limits are given, there are too few items, or none is given and ft is no better than pre on the task.
         SurgeryError: a model cannot be opened, or pre, ft or a measure is not as it should be.
     """
     from surgery.comparison.auto import auto as search

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError
@@ -15,12 +16,12 @@ from surgery.methods import Hma, Method
 from surgery.option import chosen, declared_options, flag, option
 
 if TYPE_CHECKING:
-    from surgery.comparison.sweep import Edits
     from surgery.editing.job import Job
 
 AUTO = "auto"
-TRIED = "0:1:0.01"  # sparsities
-MOST = 33  # of them, where scores are not monotone: every 0.03
+TRIED = "0:1:0.02"  # sparsities
+PARTS = 3
+SHIFTS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # of a part's ratio from the mean
 BESIDE = 0.9  # what is planned before the search, which refuses what a sparsity does not change
 WITH_AUTO, WITH_OPTIMIZE = "With --sparsity auto", "With --optimize"
 SCORED = ("task", "general", "limit", "cache")
@@ -43,8 +44,7 @@ class Optimize:
 
     optimize: bool = option(
         False,
-        help="Find the ratios of three parts, under a fixed mean, with the best mean of retention and 1 − forgetting: 25 "
-        "settings are scored at most.",
+        help="Find the ratios of three parts, under a fixed mean, with the best trade-off between the task and forgetting.",
         panel=WITH_OPTIMIZE,
     )
     mean: float | None = option(None, help="Of the three ratios.", shown="0.3", panel=WITH_OPTIMIZE)
@@ -91,8 +91,8 @@ def asked(method: type[Method], values: dict[str, Any]) -> str | None:
     _check(values, (*SCORED, "max_forgetting"), auto, "`sparsity` auto", needed)
     if not auto:
         return None
-    if not math.isfinite(values["max_forgetting"]):
-        raise OptionError(f"`max_forgetting` must be a number, such as 0.01, not {values['max_forgetting']}.")
+    if not 0 <= values["max_forgetting"] <= 1:
+        raise OptionError(f"`max_forgetting` must be a share, such as 0.01, not {values['max_forgetting']}.")
     values["sparsity"] = BESIDE
     return f"{method.name}-{AUTO}"
 
@@ -105,39 +105,50 @@ def measures(values: Mapping[str, Any], device: str, job: Job) -> Any:
 
 
 def found(job: Job, values: Mapping[str, Any], device: str, allow_nonfinite: bool, scored: Any) -> Job:
-    """The job at the setting that the search chooses, which says so in its report.
+    """The job at the setting that wins, which says so in its report; see `surgery.comparison.auto`.
 
     Args:
         job: checked, at some setting.
         scored: of `measures`.
 
     Raises:
-        OptionError: no setting meets the limit.
+        OptionError: no setting was proved to meet the limit.
         KeyboardInterrupt: Ctrl-C.
     """
+    from surgery.comparison.auto import auto
+    from surgery.comparison.candidates import candidates
+    from surgery.comparison.display import race_progress
+    from surgery.comparison.race import wanted
+    from surgery.evaluation.subject import open_subjects
+
     scoring, tasks, general = scored
-    edits = _edits(job, device, allow_nonfinite)
-    from surgery.comparison.display import scoring_progress
-
-    if isinstance(job.method, Hma):
-        from surgery.comparison.optimize import optimize
-
-        with scoring_progress(None) as observe:
-            best, sentence = optimize(edits, _mean(values), tasks, general, scoring, observe=observe)
-        return _noted(edits, best, sentence)
-    from surgery.comparison.choose import Limit
-    from surgery.comparison.grid import numbers
-    from surgery.comparison.sweep import sweep
-
-    settings = [replace(job.method, sparsity=value) for value in numbers(TRIED, "sparsity")]  # type: ignore[type-var]
-    limit = Limit("forgetting", values["max_forgetting"])
-    with scoring_progress(None) as observe:
-        swept = sweep(edits, [settings], tasks, general, scoring, limit=limit, most=MOST, observe=observe)
-    if swept.document["stopped"]:
+    subjects = open_subjects(job.pair.pre.source.typed, job.pair.ft.source.typed)
+    tried, _ = candidates(
+        job, _tried(job.method, values), partial(_command, type(job.method)), allow_nonfinite=allow_nonfinite
+    )
+    goal = wanted(values.get("max_forgetting"), None)
+    with race_progress() as (observe, tell), scoring.bench([*tasks, *general], observe) as bench:
+        made = auto(subjects, tried, tasks, general, bench, goal, tell=tell)
+    if made.document["stopped"]:
         raise KeyboardInterrupt
-    if swept.best is None:
-        raise OptionError(swept.document["choice"]["sentence"])
-    return _noted(edits, swept.best, swept.document["choice"]["sentence"])
+    sentence = made.document["auto"]["sentence"]
+    if made.winner is None or made.winner.job is None:
+        raise OptionError(sentence)
+    best = made.winner.job()
+    best.pair.notes.extend([sentence, f"Without the search: {shlex.join(made.winner.commands[0])}"])
+    return best
+
+
+def _tried(method: Method, values: Mapping[str, Any]) -> list[Method]:
+    """The settings that race."""
+    from surgery.comparison.grid import numbers
+
+    if not isinstance(method, Hma):
+        return [replace(method, sparsity=value) for value in numbers(TRIED, "sparsity")]  # type: ignore[type-var]
+    mean = _mean(values)
+    moved = (shifts for shifts in product(SHIFTS, repeat=PARTS) if abs(sum(shifts)) < 1e-9)
+    ratios = [tuple(round(mean + shift, 9) for shift in shifts) for shifts in moved]
+    return [Hma(parts) for parts in ratios if all(0 <= ratio <= 1 for ratio in parts)]
 
 
 def planned(job: Job, values: Mapping[str, Any]) -> None:
@@ -177,23 +188,14 @@ def _check(values: Mapping[str, Any], names: Sequence[str], wanted: bool, by: st
             raise OptionError(f"`{name}` goes with {by} only.")
 
 
-def _edits(job: Job, device: str, allow_nonfinite: bool) -> Edits:
-    """The job at any setting, and the command line for it: the one that was typed, without the search."""
+def _command(kind: type[Method], method: Method) -> list[str]:
+    """The command line for a setting: the one that was typed, without the search."""
     from surgery.comparison.grid import setting_words
-    from surgery.comparison.sweep import Edits
-    from surgery.evaluation.subject import open_subjects
 
-    line, flags = ["surgery", *sys.argv[1:]], {flag("optimize"), flag("resume")}
-    own = [one.name for part in parts(type(job.method)) for one in declared_options(part)]
-    valued = {flag(name) for name in own} - flags | set(setting_words(job.method)[:1])
-    subjects = open_subjects(job.pair.pre.source.typed, job.pair.ft.source.typed)
-    return Edits(
-        subjects,
-        {job.method.name: job},
-        lambda method: [*_without(line, flags, valued), *setting_words(method)],
-        device,
-        allow_nonfinite,
-    )
+    flags = {flag("optimize"), flag("resume")}
+    own = [one.name for part in parts(kind) for one in declared_options(part)]
+    valued = {flag(name) for name in own} - flags | set(setting_words(method)[:1])
+    return [*_without(["surgery", *sys.argv[1:]], flags, valued), *setting_words(method)]
 
 
 def _without(line: Sequence[str], flags: set[str], valued: set[str]) -> list[str]:
@@ -208,9 +210,3 @@ def _without(line: Sequence[str], flags: set[str], valued: set[str]) -> list[str
         else:
             kept.append(word)
     return kept
-
-
-def _noted(edits: Edits, method: Method, sentence: str) -> Job:
-    job = edits.job(method)
-    job.pair.notes.extend([sentence, f"Without the search: {shlex.join(edits.commands(method))}"])
-    return job

@@ -42,7 +42,7 @@ class Choosing:
     choose: str | None = option(
         None,
         help='Find the setting within "forgetting<=0.01" that keeps most of the task, or within "retention>=0.99" that '
-        "forgets least. Along one number of one method by bisection, where the scores are monotone enough.",
+        "forgets least: chosen on half of the items, and proved on the other half.",
         panel=CHOICE,
     )
     out: Path | None = option(None, help="Write the chosen checkpoint to this folder.", panel=CHOICE)
@@ -97,10 +97,10 @@ def _sweep(
     Ctrl-C shows what is done, and with --cache the same command goes on from there. Needs pip install 'model-surgery\\[eval]'.
     """
     from surgery.checkpoint.output import check_output
-    from surgery.comparison.choose import parse_limit
     from surgery.comparison.display import scoring_progress, show
     from surgery.comparison.folder import Folder
     from surgery.comparison.grid import command_words, label, main_option, named, settings, swept_options
+    from surgery.comparison.race import parse_goal
     from surgery.comparison.sweep import Edits, sweep
     from surgery.display import say
     from surgery.editing.job import plan
@@ -112,7 +112,7 @@ def _sweep(
     _check(values, kinds)
     if choosing.out and not choosing.choose:
         raise OptionError("`out` is for the chosen checkpoint: give `choose` too.")
-    limit = parse_limit(choosing.choose) if choosing.choose else None
+    goal = parse_goal(choosing.choose) if choosing.choose else None
     swept = {one.name for kind in kinds for one in swept_options(kind)}
     typed = {name: value for name, value in values.items() if name in swept}
     fixed = {name: value for name, value in values.items() if name not in swept}
@@ -141,14 +141,14 @@ def _sweep(
         jobs[kind.name] = with_norms(job, groups[at][0], calibrated, scoring.device)
         normed: Any = jobs[kind.name].method
         groups[at] = [replace(normed, **{name: getattr(one, name)}) for one in groups[at]]
-    with scoring_progress(None if limit else 2 + sum(map(len, groups))) as observe:
+    with scoring_progress(2 + sum(map(len, groups))) as observe:
         found = sweep(
             edits,
             groups,
             tasks,
             general,
             scoring,
-            limit=limit,
+            goal=goal,
             command=["surgery", *sys.argv[1:]],
             observe=observe,
         )
@@ -159,7 +159,7 @@ def _sweep(
         show(found.document, folder, as_json=shown.as_json)
     if found.document["stopped"]:
         raise KeyboardInterrupt
-    if limit and found.best is None:
+    if goal and found.best is None:
         raise OptionError(found.document["choice"]["sentence"])
     if found.best is None or shown.as_json:
         return

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from surgery.comparison.candidates import Candidate
 from surgery.comparison.compare import Plane, document
@@ -23,7 +23,7 @@ from surgery.comparison.proof import LEVEL, Drop, certify, mean_drop, p_beyond
 from surgery.comparison.race import FINALISTS, Goal, Standing, rounds, sift
 from surgery.comparison.verdict import failure, success
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluation.bench import Bench, Scored
+from surgery.evaluation.bench import Scored
 from surgery.evaluation.scores import Measure, Scores, joined
 from surgery.evaluation.subject import Subject
 
@@ -34,6 +34,16 @@ LEAST = 8  # items that a measure must have
 STOPPED = "It was stopped before anything was proved: what is here was chosen on few items, and nothing was written."
 
 Names = Mapping[str, list[int]]
+
+
+class Scorer(Protocol):
+    """What scores models: a bench, or what has their scores already."""
+
+    def fingerprint(self, subject: Subject) -> str:
+        """The fingerprint of a model's weights."""
+
+    def score(self, subject: Subject, only: Mapping[str, Sequence[int]] | None = None) -> Scored:
+        """The scores of a model on all items, or on some; see `surgery.evaluation.bench.Bench.score`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ def auto(
     candidates: Sequence[Candidate],
     tasks: Sequence[Measure],
     general: Sequence[Measure],
-    bench: Bench,
+    bench: Scorer,
     goal: Goal,
     *,
     seed: int = 0,
@@ -135,7 +145,7 @@ def auto(
         tell: called after each round.
 
     Raises:
-        OptionError: ft is no better than pre on the task, or there are too few items.
+        OptionError: ft is no better than pre on the task and there is no limit, or there are too few items.
         SurgeryError: pre or ft cannot be scored.
         KeyboardInterrupt: Ctrl-C before pre and ft were done.
     """
@@ -163,7 +173,7 @@ class Search:
         candidates: Sequence[Candidate],
         tasks: Sequence[Measure],
         general: Sequence[Measure],
-        bench: Bench,
+        bench: Scorer,
         goal: Goal,
         seed: int,
         seconds: float | None,
@@ -181,7 +191,7 @@ class Search:
         self.proved = {FT: replace(self.ft, scores=self._cut(self.ft.scores, self.halves.prove))}
         if FT in self.courses:  # was scored on all items
             self.courses[FT].seen = self._cut(self.ft.scores, self.halves.choose)
-        self.weights = {self.ft.fingerprint: FT}
+        self.weights = {self.ft.fingerprint: FT} if FT in self.courses else {}
         self.tests: list[tuple[str, float]] = []
         self.order: list[str] = []
         self.stopped = False
@@ -191,18 +201,18 @@ class Search:
         """What pre lacks of the task, and ft of general ability, on the half that is for choosing.
 
         Raises:
-            OptionError: pre lacks nothing.
+            OptionError: pre lacks nothing, so that there is no trade-off.
         """
         ends = [
             self._standing(self._cut(model, self.halves.choose), self.halves.choose)
             for model in (self.pre.scores, self.ft.scores)
         ]
         lost, forgot = mean_drop(ends[0].lost)[0], mean_drop(ends[1].forgot)[0]
-        if not lost > 0:
+        if self.goal.limit == "knee" and not lost > 0:
             names = ", ".join(measure.name for measure in self.tasks)
             raise OptionError(
-                f"ft is no better than pre on {names}, so there is nothing to keep. Check that the file and the metric are those "
-                "of the fine-tuned task."
+                f"ft is no better than pre on {names}, so there is no trade-off. Give a limit, or check that the file and the "
+                "metric are those of the fine-tuned task."
             )
         return lost, forgot
 
@@ -292,7 +302,7 @@ class Search:
             for course in finalists:
                 self._prove(course)
             return self.courses[best]
-        self.order = sorted(standings, key=lambda label: -self._safety(standings[label]))
+        self.order = sorted(standings, key=lambda label: self._safety(standings[label]), reverse=True)
         passed, values = certify(self.order, self._p)
         self.tests = list(zip(self.order, values, strict=False))
         for course in finalists:
@@ -304,10 +314,11 @@ class Search:
         standing = self._standing(self._prove(self.courses[label]).scores, self.halves.prove)
         return p_beyond(self._limited(standing), self.goal.most)
 
-    def _safety(self, standing: Standing) -> float:
-        """How many standard errors a candidate is within the limit."""
+    def _safety(self, standing: Standing) -> tuple[bool, float]:
+        """What the safest has most of: being within the limit, by most standard errors; beyond it, the smallest excess."""
         value, error = mean_drop(self._limited(standing))
-        return (self.goal.most - value) / max(error, 1e-12)
+        room = self.goal.most - value
+        return room > 0, room / max(error, 1e-12) if room > 0 else room
 
     def _limited(self, standing: Standing) -> Sequence[Drop]:
         return standing.lost if self.goal.limit == "retention" else standing.forgot

@@ -148,25 +148,21 @@ def _waiting(methods: Sequence[Method]) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for kind in dict.fromkeys(map(type, methods)):
         own = [method for method in methods if type(method) is kind]
-        plain = sorted((method for method in own if _is_plain(method)), key=_place)
+        plain = sorted((method for method in own if _is_plain(method, own[0])), key=place)
         for at in range(1, len(plain), 2):
             found[label(plain[at])] = tuple(label(one) for one in (*plain[at - 1 : at], *plain[at + 1 : at + 2]))
         for method in own:
-            if plain and not _is_plain(method):
-                found[label(method)] = (label(min(plain, key=lambda one: abs(_place(one) - _place(method)))),)
+            if plain and not _is_plain(method, own[0]):
+                found[label(method)] = (label(min(plain, key=lambda one: abs(place(one) - place(method)))),)
     return found
 
 
-def _is_plain(method: Method) -> bool:
-    """Whether only the main number of a setting differs from the defaults, and is one number."""
-    main = main_option(type(method)).name
-    value = value_of(method, main)
-    others = [one for one in declared_options(type(method)) if one.name != main]
-    single = not isinstance(value, tuple) or len(value) == 1
-    return single and all(value_of(method, one.name) == one.default for one in others)
+def _is_plain(method: Method, first: Method) -> bool:
+    """Whether a setting is on the line of the first one of its method: only the main number differs, and is one number."""
+    return line(method) is not None and line(method) == line(first)
 
 
-def _place(method: Method) -> float:
+def place(method: Method) -> float:
     """The main number of a setting, or the mean of several."""
     value = value_of(method, main_option(type(method)).name)
     return fmean(value) if isinstance(value, tuple) else float(value)
@@ -198,7 +194,7 @@ def _candidate(
         lambda: replan(job, method),
         None if method.calibrated else {"steps": [_step(method)], "allow_nonfinite": allow_nonfinite},
         line(method),
-        _place(method),
+        place(method),
     )
 
 
@@ -234,7 +230,7 @@ def _averaged(
         planned,
         {"steps": steps, "allow_nonfinite": allow_nonfinite},
         (first.name, second.ratios),
-        _place(first),
+        place(first),
     )
 
 

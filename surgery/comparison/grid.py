@@ -143,12 +143,6 @@ def label(method: Method) -> str:
     return " ".join([method.name, _text(value_of(method, main.name)), *words])
 
 
-def on_a_line(methods: Sequence[Method]) -> bool:
-    """Whether settings differ in one number alone: a sparsity, a rate, a ratio."""
-    lines = {line(method) for method in methods}
-    return len(lines) == 1 and None not in lines
-
-
 def line(method: Method) -> tuple[Any, ...] | None:
     """What settings have in common that differ in their main number alone; None where that is several numbers."""
     main, *_ = swept_options(type(method))

@@ -16,6 +16,7 @@ others.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -95,6 +96,22 @@ def wanted(max_forgetting: float | None, min_retention: float | None) -> Goal:
     if min_retention is not None:
         return Goal("retention", _share("min_retention", min_retention))
     return Goal("knee")
+
+
+def parse_goal(text: str) -> Goal:
+    """The goal that "forgetting<=0.01" or "retention>=0.99" means.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    found = re.fullmatch(r"\s*(?:(forgetting)\s*<=|(retention)\s*>=)\s*(\S+)\s*", text)
+    try:
+        bound = float(found[3]) if found else math.nan
+    except ValueError:
+        bound = math.nan
+    if not found or not math.isfinite(bound):
+        raise OptionError(f'`choose` takes "forgetting<=0.01" or "retention>=0.99", not {text!r}.')
+    return Goal("forgetting" if found[1] else "retention", bound)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from surgery.comparison.choose import Choice, Limit, choose
-from surgery.comparison.compare import STOPPED, Outcome, Plane, document
-from surgery.comparison.grid import interleaved, label, main_option, on_a_line
+from surgery.comparison.auto import auto
+from surgery.comparison.candidates import Candidate, place
+from surgery.comparison.compare import STOPPED, Plane, document
+from surgery.comparison.grid import interleaved, label, line, main_option
+from surgery.comparison.race import Goal
 from surgery.editing.job import Job, replan
 from surgery.errors import OptionError
-from surgery.evaluation.bench import Bench, Observe, Scored
+from surgery.evaluation.bench import Observe, Scored
 from surgery.evaluation.subject import Subject, edited_subject
-from surgery.text import fixed
 
 if TYPE_CHECKING:
     from surgery.evaluation.scores import Measure
@@ -68,36 +70,30 @@ def _parts(method: Method) -> int:
     return len(value) if isinstance(value, tuple) else 1
 
 
-class Bout:
-    """Settings that are scored, each once, against pre and ft.
+@dataclass(frozen=True)
+class Known:
+    """Scores that are known already, asked for as those of a bench are.
 
     Attributes:
-        scored: by label, in the order in which they were scored.
-
-    Raises:
-        SurgeryError: pre or ft cannot be scored.
+        scored: by label.
     """
 
-    def __init__(self, edits: Edits, bench: Bench, tasks: Sequence[Measure], general: Sequence[Measure]) -> None:
-        self.edits, self.bench = edits, bench
-        pre, ft = map(bench.score, edits.subjects)
-        self.plane = Plane(pre, ft, tasks, general)
-        self.scored: dict[str, Scored] = {}
+    scored: Mapping[str, Scored]
 
-    def outcome(self, method: Method) -> Outcome:
-        """Where a setting stands.
+    def subject(self, label: str) -> Subject:
+        """The model with that label."""
+        return self.scored[label].subject
 
-        Raises:
-            SurgeryError: it cannot be edited or scored.
-        """
-        name = label(method)
-        if name not in self.scored:
-            edits = self.edits
-            subject = edited_subject(
-                edits.job(method), label=name, device=edits.device, allow_nonfinite=edits.allow_nonfinite
-            )
-            self.scored[name] = self.bench.score(replace(subject, command=edits.commands(method)))
-        return self.plane.outcome(self.scored[name])
+    def fingerprint(self, subject: Subject) -> str:
+        """The fingerprint of a model's weights."""
+        return self.scored[subject.label].fingerprint
+
+    def score(self, subject: Subject, only: Mapping[str, Sequence[int]] | None = None) -> Scored:
+        """The scores of a model, all of them or those of some items."""
+        found = self.scored[subject.label]
+        if only is None:
+            return found
+        return replace(found, scores={name: found.scores[name].at(places) for name, places in only.items()})
 
 
 @dataclass(frozen=True)
@@ -120,8 +116,7 @@ def sweep(
     general: Sequence[Measure],
     scoring: Scoring,
     *,
-    limit: Limit | None = None,
-    most: int | None = None,
+    goal: Goal | None = None,
     command: Sequence[str] = (),
     observe: Observe = lambda *_: None,
 ) -> Swept:
@@ -130,8 +125,8 @@ def sweep(
     Args:
         groups: the settings of each method, along its main number; rows come in this order, whatever order they are tried in.
         tasks, general: as `scoring` makes them.
-        limit: what the chosen setting has to meet; none is chosen without one.
-        most: see `surgery.comparison.choose.choose`.
+        goal: what the chosen setting has to be; none is chosen without one. It is chosen on one half of the items and proved on
+            the other, see `surgery.comparison.auto`.
         command: what the user typed.
         observe: told of the progress.
 
@@ -139,63 +134,44 @@ def sweep(
         SurgeryError: a setting cannot be edited or scored.
         KeyboardInterrupt: Ctrl-C before pre and ft were done.
     """
-    begun, stopped, choice = time.monotonic(), False, None
-    order = interleaved(groups)
+    begun, stopped = time.monotonic(), False
     methods = [method for group in groups for method in group]
     if not methods:
         raise OptionError("There is no setting to try.")
     edits.check(methods)
+    scored: dict[str, Scored] = {}
     with scoring.bench([*tasks, *general], observe) as bench:
-        bout = Bout(edits, bench, tasks, general)
+        pre, ft = map(bench.score, edits.subjects)
         try:
-            if limit is None:
-                for method in order:
-                    bout.outcome(method)
-            else:
-                line = on_a_line(methods)
-                tried = methods if line else order
-                choice = choose(len(tried), lambda place: bout.outcome(tried[place]), limit, line=line, most=most)
+            for method in interleaved(groups):
+                subject = edited_subject(
+                    edits.job(method), label=label(method), device=edits.device, allow_nonfinite=edits.allow_nonfinite
+                )
+                scored[subject.label] = bench.score(replace(subject, command=edits.commands(method)))
         except KeyboardInterrupt:
             stopped = True
-    rows = [bout.scored[label(method)] for method in methods if label(method) in bout.scored]
+    rows = [scored[label(method)] for method in methods if label(method) in scored]
     notes = list(dict.fromkeys(note for job in edits.jobs.values() for note in job.pair.notes))
-    if stopped:
-        notes.append(STOPPED)
-    best, about = None, None
-    if limit is not None and choice is not None:
-        best = None if choice.best is None else tried[choice.best]
-        sentence = _sentence(limit, choice, tried)
-        notes += [sentence] if best else []
-        about = {
-            "limit": str(limit),
-            "label": None if best is None else label(best),
-            "tried": len(choice.tried),
-            "of": len(tried),
-            "bisected": choice.bisected,
-            "command": None if best is None else edits.commands(best),
-            "sentence": sentence,
-        }
-    made = document(bout.plane, rows, kind="sweep", command=command, notes=notes, seconds=time.monotonic() - begun)
-    made |= {"stopped": stopped, "choice": about}
-    return Swept(made, best)
-
-
-def _sentence(limit: Limit, choice: Choice, methods: Sequence[Method]) -> str:
-    """The choice for people, and how sure it is."""
-    how = f"{len(choice.tried)} of {len(methods)} settings were scored"
-    how += ", by bisection" if choice.bisected else ""
-    place = choice.nearest if choice.best is None else choice.best
-    outcome = choice.tried[place]
-    value = getattr(outcome, limit.score)
-    name, score = label(methods[place]), fixed(value)
-    if choice.best is None:
-        return (
-            f"No setting meets {limit} ({how}); the nearest is {name} with a {limit.score} of {score}: allow more, or try other "
-            "settings."
-        )
-    other = getattr(outcome, limit.other)
-    rest = fixed(other)
-    return (
-        f"{name} meets {limit} with the best {limit.other}: {limit.score} {score}, {limit.other} {rest} ({how}); "
-        f"{limit.sure(outcome)}."
+    notes += [STOPPED] if stopped else []
+    best, choice = None, None
+    if goal is not None and not stopped:
+        by_label = {label(method): method for method in methods}
+        known = Known({"pre": pre, "ft": ft, **scored})
+        candidates = [
+            Candidate(name, method.name, partial(known.subject, name), line=line(method), place=place(method))
+            for name, method in by_label.items()
+        ]
+        found = auto(edits.subjects, candidates, tasks, general, known, goal)
+        choice = found.document["auto"]
+        best = None if found.winner is None else by_label[found.winner.label]
+        choice["commands"] = [] if best is None else [edits.commands(best)]
+        notes += [choice["sentence"]] if best else []
+    made = document(
+        Plane(pre, ft, tasks, general),
+        rows,
+        kind="sweep",
+        command=command,
+        notes=notes,
+        seconds=time.monotonic() - begun,
     )
+    return Swept(made | {"stopped": stopped, "choice": choice}, best)

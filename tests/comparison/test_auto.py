@@ -215,7 +215,7 @@ def test_ft_wins_where_it_forgets_nothing() -> None:
 
 
 def test_a_task_that_ft_has_not_learnt_is_refused() -> None:
-    with pytest.raises(OptionError, match="ft is no better than pre on task"):
+    with pytest.raises(OptionError, match="ft is no better than pre on task, so there is no trade-off"):
         search({"pre": (1.0, 0.0), "ft": (1.5, 0.5)}, Goal("knee"))
 
 
