@@ -112,6 +112,11 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def model_types(config: Mapping[str, Any]) -> set[str]:
+    """The kinds of model that config.json names, of the text model too."""
+    return {str(part["model_type"]) for part in (config, *_parts(config)) if "model_type" in part}
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json; nothing where there is none."""
     path = folder / CONFIG

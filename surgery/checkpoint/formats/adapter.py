@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from surgery.checkpoint.formats import lora, safetensors
-from surgery.checkpoint.formats.adapter_config import MERGE, Settings
+from surgery.checkpoint.formats.adapter_config import MERGE, Settings, principal
 from surgery.checkpoint.formats.fit import Fit
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened
 from surgery.checkpoint.formats.safetensors import read_header
@@ -342,11 +342,16 @@ def opened(folder: Path, choice: Choice, base: Base | None, read: Read) -> Opene
     tensors = read(config, weights, base)
     files |= {f"base/{name}": path for name, path in base.files.items()}
     container = base.container if base.tensors.keys() == tensors.keys() else None
-    named = None if choice.beside else made_for(config)
-    if named is None or _is_called(base.typed, named):
-        return Opened(tensors, files, container)
-    note = f"{config} names {named} as its base, and pre is {base.typed}: the two must be the same weights."
-    return Opened(tensors, files, container, (note,))
+    notes = []
+    named = made_for(config)
+    if named and not choice.beside and not _is_called(base.typed, named):
+        notes.append(f"{config} names {named} as its base, and pre is {base.typed}: the two must be the same weights.")
+    if begun := principal(read_json(config)):
+        notes.append(
+            f"{config} was begun by {begun}: what that took out of the base is computed again, by a decomposition of each weight "
+            "that is touched, which takes long. save_pretrained with path_initial_model_for_weight_conversion spares it."
+        )
+    return Opened(tensors, files, container, tuple(notes))
 
 
 def made_for(config: Path) -> str | None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from surgery.checkpoint.readable import read_json
 from surgery.errors import CheckpointError
@@ -38,6 +39,12 @@ NO_MERGE = (
 KINDS = ("LORA", "IA3", "LOHA", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS")
 
 
+def principal(values: Mapping[str, Any]) -> str | None:
+    """By which of `PRINCIPAL` an adapter was begun; None where by none."""
+    begun = values.get("init_lora_weights")
+    return begun.lower() if isinstance(begun, str) and begun.lower() in PRINCIPAL else None
+
+
 class Settings:
     """The settings of an adapter.
 
@@ -66,7 +73,7 @@ class Settings:
         if self.kind not in KINDS:
             raise CheckpointError(f"{path}: is an adapter of type {self.kind}, which surgery does not read. {MERGE}")
         begun = self.values.get("init_lora_weights", True)
-        self.principal = begun.lower() if isinstance(begun, str) and begun.lower() in PRINCIPAL else None
+        self.principal = principal(self.values)
         if begun not in PLAIN and not self.principal:
             raise CheckpointError(f"{path}: was begun by {begun}, which changes the base too. {CONVERT}")
         if variant := next((key for key in VARIANTS if self.values.get(key)), None):

@@ -12,11 +12,12 @@ from surgery.checkpoint.formats.adapter_config import MERGE, Settings
 from surgery.checkpoint.formats.format import Base
 from surgery.checkpoint.formats.whole import Kernel, Principal
 from surgery.checkpoint.tensor import Tensor
+from surgery.checkpoint.tied import model_types
 from surgery.errors import CheckpointError
 from surgery.layout import place
 
 # Models that hold each expert as [in, out].
-TURNED = ("gpt_oss", "aria_text", "openai_privacy_filter", "llama4_text")
+TURNED = ("gpt_oss", "aria_text", "openai_privacy_filter")
 Parts = Mapping[str, Tensor]
 
 
@@ -117,7 +118,7 @@ class Fit:
         count = before.shape[0] if len(before.shape) == 3 else 1
         a, b, scale = self._factors(key, parts, before, count)
         sizes, inner = (b.shape[0], a.shape[1]), before.shape[-2:]
-        transposed = sizes != inner or (sizes[0] == sizes[1] and self.base.config.get("model_type") in TURNED)
+        transposed = sizes != inner or (sizes[0] == sizes[1] and bool(model_types(self.base.config) & {*TURNED}))
         if len(before.shape) not in (2, 3) or inner != (sizes[::-1] if transposed else sizes):
             raise self._unfit(key, sizes, before)
         experts = [
@@ -135,8 +136,7 @@ class Fit:
             number: of the expert.
             index, pieces: which of the projections that the parameter holds.
         """
-        rank = self.settings.rank(key)
-        count = parts["lora_A"].shape[0] // rank if "lora_A" in parts else 0
+        count = sum(self._pair(key, parts, "lora_")[0].shape[:1]) // self.settings.rank(key)
         a, b, scale = self._factors(key, parts, before, count)
         rows = b.shape[0] // pieces
         if before.shape != (rows, a.shape[1]) or rows * pieces != b.shape[0] or number >= count:
@@ -163,7 +163,7 @@ class Fit:
     def hadamard(self, module: str, parts: Parts, before: Tensor) -> Tensor:
         """LoHa: two products of factors, multiplied entry by entry."""
         rank = self.settings.rank(module)
-        rows, columns = before.shape[0], before.entries // before.shape[0]
+        rows, columns = self._sides(module, before)
         self._shapes(
             module, parts, {f"hada_w{n}_{k}": (rows, rank) if k == "a" else (rank, columns) for n in "12" for k in "ab"}
         )
@@ -178,8 +178,8 @@ class Fit:
         for side in ("lokr_w1", "lokr_w2"):
             whole, a, b = (parts.get(f"{side}{end}") for end in ("", "_a", "_b"))
             if whole is not None and a is None and b is None:
-                shape, factor = (whole.shape[0], whole.entries // whole.shape[0]), partial(low_rank.matrix, whole)
-            elif whole is None and a is not None and b is not None and a.shape[1:] == b.shape[:1] and len(b.shape) == 2:
+                shape, factor = self._sides(f"{module}.{side}", whole), partial(low_rank.matrix, whole)
+            elif whole is None and a and b and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]:
                 shape, factor = (a.shape[0], b.shape[1]), partial(low_rank.multiplied, a, b)
             else:
                 raise CheckpointError(
@@ -187,9 +187,15 @@ class Fit:
                 )
             sides.append((shape, factor))
         ((rows, columns), one), ((inner, width), two) = sides
-        if (rows * inner, columns * width) != (before.shape[0], before.entries // before.shape[0]):
+        if (rows * inner, columns * width) != self._sides(module, before):
             raise self._unfit(module, (rows * inner, columns * width), before)
         return self._computed(before, lora.Added(low_rank.Kronecker(one, two, self.settings.scale(module))))
+
+    def _sides(self, module: str, tensor: Tensor) -> tuple[int, int]:
+        """Rows and columns of a weight; of a convolution, all that belongs to one output is a row."""
+        if len(tensor.shape) < 2 or not tensor.entries:
+            raise self._unfit(module, tensor.shape, tensor)
+        return tensor.shape[0], tensor.entries // tensor.shape[0]
 
     def _shapes(self, module: str, parts: Parts, wanted: Mapping[str, tuple[int, ...]]) -> None:
         if parts.keys() != wanted.keys() or any(parts[kind].shape != shape for kind, shape in wanted.items()):

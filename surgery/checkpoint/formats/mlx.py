@@ -94,14 +94,14 @@ def _changes(
         raise CheckpointError(f"{weights}: {module} has no pair of lora_a and lora_b. Save the adapter again.")
     a, b, m = parts["a"], parts["b"], parts.get("m")
     found = projections(key)
-    if len(b.shape) == 3 and found and key not in names:
+    if len(b.shape) == 3 and len(a.shape) == 2 and b.entries and found and key not in names:
         count, rows, rank = b.shape
         places = {number: experts.get((found.module, found.roles[0], number)) for number in range(count)}
         singles = [(number, name) for number, name in places.items() if name is not None]
         if len(singles) < count or m is not None:
             raise adapter.no_base(weights, key)
         for _, name in singles:
-            _check(weights, module, (rows, a.shape[-1]), tensors[name], a.shape[0] == count * rank)
+            _check(weights, module, (rows, a.shape[1]), tensors[name], a.shape[0] == count * rank)
         return [
             (
                 name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from helpers.adapters import assert_is_merged, fill, make
 from helpers.checkpoints import read_checkpoint
 from helpers.families import FAMILIES, Family
 from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, PeftModel, TrainableTokensConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from surgery.__main__ import main
+from surgery.errors import CheckpointError
 
 UNTIED_GPT2 = Family("GPT2Config", {**FAMILIES["gpt2"].kwargs, "tie_word_embeddings": False})
 KINDS: dict[str, tuple[Family, dict[str, Any]]] = {
@@ -46,6 +49,18 @@ KINDS: dict[str, tuple[Family, dict[str, Any]]] = {
             "target_parameters": ["experts.gate_up_proj"],
             "rank_pattern": {r"layers.1.mlp.experts.gate_up_proj": 2},
         },
+    ),
+    "experts of qwen3": (
+        FAMILIES["qwen3_moe"],
+        {
+            "target_modules": ["gate"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            "use_rslora": True,
+        },
+    ),
+    "experts of llama4": (
+        FAMILIES["llama4_text"],
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     ),
     "experts and router of gpt-oss": (
         FAMILIES["gpt_oss"],
@@ -153,6 +168,41 @@ def test_any_part_of_a_tensor_has_the_bytes_of_the_whole(kind: str, tmp_path: Pa
                 part = bytearray(end - begin)
                 reader.fill(begin, memoryview(part))
                 assert bytes(part) == whole[begin:end], (tensor.name, begin, end)
+
+
+ODD = {
+    "a number": torch.tensor(1.0),
+    "nothing": torch.ones(0, 2),
+    "a line": torch.ones(3),
+    "a block": torch.ones(2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dora",
+        "convolution",
+        "bias of lora",
+        "tokens",
+        "stacked experts",
+        "one parameter of the experts",
+        "ia3",
+        "loha",
+        "lokr",
+    ],
+)
+def test_tensors_of_odd_shapes_are_refused(kind: str, odd: str, tmp_path: Path) -> None:
+    """Each of one layer in turn: before anything is read of it."""
+    family, options = KINDS[kind]
+    made = make(tmp_path, family, **options)
+    path = made.adapter / "adapter_model.safetensors"
+    good = load_file(path)
+    for key in list(good)[:4]:
+        save_file({**good, key: ODD[odd]}, path)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            _ = made.ours
 
 
 TIED: dict[str, dict[str, Any]] = {
