@@ -17,7 +17,19 @@ ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Its commands take hours, and data that is not here.
 UNTRIED = ROOT / "docs" / "results.md"
-EDITS = ("fapm", "magnitude", "breadcrumbs", "salience", "half-reset", "hma", "lines", "ties", "dare")
+EDITS = (
+    "fapm",
+    "magnitude",
+    "breadcrumbs",
+    "salience",
+    "half-reset",
+    "hma",
+    "lines",
+    "dg-hard",
+    "intruder",
+    "ties",
+    "dare",
+)
 
 
 def commands() -> set[str]:

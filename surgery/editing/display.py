@@ -38,6 +38,8 @@ def show_plan(job: Job, *, as_json: bool) -> None:
         "prune": "prune",
         "prunerows": "prune",
         "keepsalient": "prune",
+        "shrink": "drop singular values",
+        "soften": "scale intruders",
         "blend": "average",
         "merge": "merge",
         "copy": "copy ft",

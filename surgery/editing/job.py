@@ -21,7 +21,7 @@ from surgery.checkpoint.source import Checkpoint, open_both
 from surgery.checkpoint.tied import CONFIG, untied
 from surgery.errors import CheckpointError, OptionError
 from surgery.methods import METHODS, Method, parameters
-from surgery.methods.actions import Draw, KeepSalient, Merge, Prune, PruneRows, Step
+from surgery.methods.actions import Draw, KeepSalient, Merge, Prune, PruneRows, Shrink, Soften, Step
 
 QUANTIZATION = "quantization_config"
 
@@ -288,6 +288,9 @@ def reading(step: Step) -> int:
         return 2 * (step.ft.nbytes + base)
     if isinstance(step.action, KeepSalient):  # for the weights, for a sample, for the quartiles, for the output
         return 4 * (step.ft.nbytes + base)
+    if isinstance(step.action, Shrink | Soften):  # for the Gram matrix, for the other side's vectors, for the output
+        tall = isinstance(step.action, Shrink) and step.ft.shape[-2] >= step.ft.shape[-1]
+        return (2 if tall else 3) * (step.ft.nbytes + base)
     if isinstance(step.action, Merge):
         once = step.ft.nbytes + base + sum(other.nbytes for other in step.others)
         return once + (once + len(step.others) * base if isinstance(step.action.keeps, Prune) else 0)

@@ -13,7 +13,19 @@ from typing import Any
 from surgery.engines.results import Result
 from surgery.layout import CATEGORIES
 from surgery.methods import METHODS
-from surgery.methods.actions import Action, Blend, Keep, KeepSalient, Merge, Prune, PruneRows, Reset, Step
+from surgery.methods.actions import (
+    Action,
+    Blend,
+    Keep,
+    KeepSalient,
+    Merge,
+    Prune,
+    PruneRows,
+    Reset,
+    Shrink,
+    Soften,
+    Step,
+)
 from surgery.text import readable, words
 
 ACTIONS: dict[type[Action], str] = {
@@ -22,6 +34,8 @@ ACTIONS: dict[type[Action], str] = {
     Prune: "pruned",
     PruneRows: "pruned",
     KeepSalient: "pruned",
+    Shrink: "shrunk",
+    Soften: "softened",
     Blend: "averaged",
     Merge: "merged",
 }

@@ -21,8 +21,9 @@ from surgery.engines.prune import prune_groups, take
 from surgery.engines.results import Result, Sums
 from surgery.engines.rows import prune_rows
 from surgery.engines.salient import keep_salient
+from surgery.engines.spectral import Algebra, OnProcessor, shrink, soften
 from surgery.engines.worker import Shifted, Worker, checked
-from surgery.methods.actions import Blend, Keep, KeepSalient, Merge, Prune, PruneRows, Reset, Step
+from surgery.methods.actions import Blend, Keep, KeepSalient, Merge, Prune, PruneRows, Reset, Shrink, Soften, Step
 
 COPY_BYTES = 1 << 20
 
@@ -33,10 +34,14 @@ class CpuEngine:
     Args:
         tick: called with the number of bytes that were read; may raise to stop the work.
         allow_nonfinite: let NaN and Inf of an edited tensor pass.
+        algebra: where matrices are decomposed; by default on the processor.
     """
 
-    def __init__(self, tick: Callable[[int], None], *, allow_nonfinite: bool = False) -> None:
+    def __init__(
+        self, tick: Callable[[int], None], *, allow_nonfinite: bool = False, algebra: Algebra | None = None
+    ) -> None:
         self.worker = Worker(tick, allow_nonfinite=allow_nonfinite)
+        self.algebra = algebra or OnProcessor()
         self.copying = bytearray(COPY_BYTES)
 
     def run(self, step: Step, sink: Sink) -> Result:
@@ -58,6 +63,10 @@ class CpuEngine:
                         result = prune_rows(self.worker, action, sides, sink)
                     case KeepSalient() as action:
                         result = keep_salient(self.worker, action, sides, sink)
+                    case Shrink() as action:
+                        result = shrink(self.worker, action, sides, sink, self.algebra)
+                    case Soften() as action:
+                        result = soften(self.worker, action, sides, sink, self.algebra)
                     case Blend() as action:
                         result = self._blend(action, sides, sink)
                     case Merge() as action:

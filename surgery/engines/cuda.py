@@ -2,7 +2,7 @@
 
 Files are read into two pinned buffers in turn, so that reading one overlaps with the copy of the other to the device; each
 worker has a stream of its own, so that the copies of one overlap with the arithmetic of the next. What needs no arithmetic
-takes the CPU's way.
+takes the CPU's way, and so do matrices whose singular values are edited, in blocks that are multiplied on the device.
 
 Memory on the device: about 20 bytes for each entry of the largest tensor and worker.
 """
@@ -29,6 +29,23 @@ from surgery.methods.hma import blend
 STAGING_BYTES = 32 << 20
 
 
+class OnDevice:
+    """Linear algebra in torch, on a device: `surgery.engines.spectral.Algebra`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def put(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def take(self, array: torch.Tensor) -> Any:
+        return array.cpu().numpy()
+
+    def eigh(self, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
+
+
 class CudaEngine:
     """One worker's stream and staging buffers.
 
@@ -39,7 +56,7 @@ class CudaEngine:
     """
 
     def __init__(self, tick: Callable[[int], None], device: torch.device, *, allow_nonfinite: bool = False) -> None:
-        self.cpu = CpuEngine(tick, allow_nonfinite=allow_nonfinite)
+        self.cpu = CpuEngine(tick, allow_nonfinite=allow_nonfinite, algebra=OnDevice(device))
         self.tick, self.device, self.allow_nonfinite = tick, device, allow_nonfinite
         self.on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]

@@ -98,7 +98,7 @@ def nth_scores(worker: Worker, matrix: Matrix, ranks: Sequence[int]) -> list[np.
     starts, length = runs(n)
     sample = []
     for start in starts:
-        base, tuned = _raw(worker, matrix, int(start), length)
+        base, tuned = raw_entries(worker, matrix, int(start), length)
         delta, _ = kernels.task_vector(matrix.sides.pre.dtype, base, matrix.sides.ft.dtype, tuned)
         weights = np.broadcast_to(matrix.weights, (matrix.height, matrix.width)).flat[int(start) : int(start) + length]
         sample.append(delta * weights)
@@ -124,7 +124,9 @@ def _column_limits(worker: Worker, matrix: Matrix, r: int) -> Floats:
     stripe = max(CHUNK // matrix.height, 1)
     for left in range(0, matrix.width, stripe):
         right = min(left + stripe, matrix.width)
-        gathered = [_raw(worker, matrix, row * matrix.width + left, right - left) for row in range(matrix.height)]
+        gathered = [
+            raw_entries(worker, matrix, row * matrix.width + left, right - left) for row in range(matrix.height)
+        ]
         base, tuned = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
         part = Matrix(matrix.sides, 0, matrix.height, right - left, matrix.weights)
         limits[left:right] = np.partition(part.scores(base, tuned, 0, matrix.height), r - 1, axis=0)[r - 1]
@@ -136,11 +138,11 @@ def stored_rows(worker: Worker, matrix: Matrix) -> Iterator[tuple[int, Array, Ar
     step = max(CHUNK // matrix.width, 1)
     for first in range(0, matrix.height, step):
         last = min(first + step, matrix.height)
-        base, tuned = _raw(worker, matrix, first * matrix.width, (last - first) * matrix.width)
+        base, tuned = raw_entries(worker, matrix, first * matrix.width, (last - first) * matrix.width)
         yield first, base, tuned, matrix.scores(base, tuned, first, last)
 
 
-def _raw(worker: Worker, matrix: Matrix, start: int, count: int) -> tuple[Array, Array]:
+def raw_entries(worker: Worker, matrix: Matrix, start: int, count: int) -> tuple[Array, Array]:
     """Entries [start, start + count) of the matrix, of pre and of ft, raw."""
 
     def read(reader: Reader) -> Array:

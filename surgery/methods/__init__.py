@@ -7,9 +7,11 @@ from typing import Any
 
 from surgery.methods.breadcrumbs import Breadcrumbs
 from surgery.methods.dare import Dare
+from surgery.methods.dg_hard import DgHard
 from surgery.methods.fapm import Fapm
 from surgery.methods.half_reset import HalfReset
 from surgery.methods.hma import Hma
+from surgery.methods.intruder import Intruder
 from surgery.methods.lines import Lines
 from surgery.methods.magnitude import Magnitude
 from surgery.methods.method import Method
@@ -32,9 +34,11 @@ __all__ = [
     "METHODS",
     "Breadcrumbs",
     "Dare",
+    "DgHard",
     "Fapm",
     "HalfReset",
     "Hma",
+    "Intruder",
     "Lines",
     "Magnitude",
     "Method",
@@ -45,5 +49,9 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Fapm, Magnitude, Breadcrumbs, Salience, HalfReset, Hma, Lines, Ties, Dare, Wanda)
+    method.name: method
+    for method in (
+        *(Fapm, Magnitude, Breadcrumbs, Salience, HalfReset, Hma, Lines, DgHard, Intruder),
+        *(Ties, Dare, Wanda),
+    )
 }

@@ -75,6 +75,30 @@ class KeepSalient:
 
 
 @dataclass(frozen=True, slots=True)
+class Shrink:
+    """pre and the part of Δ whose singular values are kept, of a matrix [m, n] or each of some stacked ones [E, m, n].
+
+    Attributes:
+        keep: (singular values of Δ, falling, m, n) -> which are kept: those above a threshold.
+    """
+
+    keep: Callable[[Any, int, int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Soften:
+    """ft with some of its k leading singular values nearer to what pre has in that direction, likewise.
+
+    Attributes:
+        factors: (for each leading left singular vector, its largest |cosine| with any of pre's) -> the factor of what Δ adds to
+            its singular value; 1 leaves it.
+    """
+
+    k: int
+    factors: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Blend:
     """alpha · pre + (1 − alpha) · ft; alpha lies strictly between 0 and 1."""
 
@@ -94,7 +118,7 @@ class Merge:
     keeps: Prune | Draw
 
 
-Action = Keep | Reset | Prune | PruneRows | KeepSalient | Blend | Merge
+Action = Keep | Reset | Prune | PruneRows | KeepSalient | Shrink | Soften | Blend | Merge
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,16 @@ def plan_pruning(items: Sequence[Item], scope: Scope, action: Callable[[Item], A
     return [action(item) if in_scope(item) else rest if item.editable else Keep() for item in items]
 
 
+def is_stacked(item: Item) -> bool:
+    """Whether a tensor is experts stacked in one, [E, …]."""
+    return len(item.ft.shape) == 3 and item.place.category == "feed_forward" and item.ft.shape[0] > 0
+
+
+def matrices(action: Action, item: Item) -> Action:
+    """The action where a tensor is a matrix, or experts that are one each; what has other dimensions stays ft."""
+    return action if len(item.ft.shape) == 2 or is_stacked(item) else Keep()
+
+
 def grouped(prune: Prune, group: str, item: Item) -> Prune:
     """The pruning of one tensor.
 
@@ -96,8 +106,7 @@ def grouped(prune: Prune, group: str, item: Item) -> Prune:
         group: what has a threshold of its own: "tensor", or "expert" for each expert of a stacked [E, …] tensor, as if it were
             stored by itself.
     """
-    stacked = len(item.ft.shape) == 3 and item.place.category == "feed_forward" and item.ft.shape[0] > 0
-    return replace(prune, groups=item.ft.shape[0]) if stacked and group == "expert" else prune
+    return replace(prune, groups=item.ft.shape[0]) if is_stacked(item) and group == "expert" else prune
 
 
 def _matches(name: str, pattern: str, names: Sequence[str]) -> set[str]:

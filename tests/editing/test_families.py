@@ -133,6 +133,8 @@ def test_a_tied_head_that_one_side_stores(name: str, tmp_path: Path) -> None:
         "hma": {"ratios": (0.3,)},
         "lines": {"alpha": 0.7},
         "salience": {},
+        "dg-hard": {},
+        "intruder": {"epsilon": 0.99},
         "half-reset": {},
         "dare": {"drop_rate": 0.5},
     }

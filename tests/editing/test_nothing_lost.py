@@ -38,6 +38,7 @@ METHODS = {
     "half-reset": "ft-half-reset-0.5",
     "hma": "ft-hma-0.5",
     "lines": "ft-lines-0",
+    "dg-hard": "ft-dg-hard-1",
     "ties": "ft-ties-0.8",
     "dare": "ft-dare-0.9",
 }

@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "half-reset": (["--ratio", "0.4", "--seed", "5", "--level", "model"], {"ratio": 0.4, "seed": 5, "level": "model"}),
     "hma": (["--ratios", "0.3,0.2"], {"ratios": (0.3, 0.2)}),
     "lines": (["--alpha", "0.4", "--outside", "alpha"], {"alpha": 0.4, "outside": "alpha"}),
+    "dg-hard": (["--scale", "0.8"], {"scale": 0.8}),
+    "intruder": (["--epsilon", "0.99", "--k", "3"], {"epsilon": 0.99, "k": 3}),
     "ties": (["--sparsity", "0.6", "--lam", "0.5"], {"sparsity": 0.6, "lam": 0.5}),
     "dare": (["--drop-rate", "0.3", "--lam", "0.5", "--seed", "5"], {"drop_rate": 0.3, "lam": 0.5, "seed": 5}),
 }

@@ -24,6 +24,8 @@ METHOD_OPTIONS: dict[str, list[str]] = {
     "half-reset": ["--seed", "3"],
     "hma": ["--ratios", "0.3,0.1"],
     "lines": ["--alpha", "0.2"],
+    "dg-hard": ["--scale", "0.8"],
+    "intruder": ["--epsilon", "0.99"],
     "ties": ["--sparsity", "0.7", "--lam", "0.8"],
     "dare": ["--drop-rate", "0.6"],
 }

@@ -37,12 +37,20 @@ CASES = {
     "half-reset": Case({"ratio": 0.5, "seed": 3}, "half-reset-0.5", {"ratio": 0.0}, {"ratio": 1.0}),
     "hma": Case({"ratios": (0.3, 0.2)}, "hma-0.3-0.2", {"ratios": (0.0,)}, {"ratios": (1.0,)}),
     "lines": Case({"alpha": 0.3}, "lines-0.3", {"alpha": 1.0}, None),
+    "dg-hard": Case({}, "dg-hard-1", {"scale": 0.0}, {"scale": 1e9}),
+    "intruder": Case({"epsilon": 0.99}, "intruder-0.75", {"factor": 1.0}, None),
     "ties": Case({"sparsity": 0.8}, "ties-0.8", {"sparsity": 0.0}, {"sparsity": 1.0}),
     "dare": Case({"drop_rate": 0.9}, "dare-0.9", {"drop_rate": 0.0}, {"drop_rate": 1.0}),
     # Without norms: |Δ|, row by row.
     "wanda": Case({"sparsity": 0.9}, "wanda-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
 }
-COMPUTING = {"hma", "lines", "dare"}  # whose entries are not all stored numbers of one of the two
+COMPUTING = {
+    "hma",
+    "lines",
+    "dg-hard",
+    "intruder",
+    "dare",
+}  # whose entries are not all stored numbers of one of the two
 WHOLE = {"half-reset", "hma", "lines"}  # which edit whole tensors, norms too
 every_method = pytest.mark.parametrize("name", METHODS)
 

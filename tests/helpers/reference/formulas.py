@@ -199,3 +199,47 @@ def philox(key: int, block: int) -> list[int]:
         x0, x1, x2, x3 = (p1 >> 64) ^ x1 ^ k0, p1 & word, (p0 >> 64) ^ x3 ^ k1, p0 & word
         k0, k1 = (k0 + 0x9E3779B97F4A7C15) & word, (k1 + 0xBB67AE8584CAA73B) & word
     return [x0, x1, x2, x3]
+
+
+def noise_median(beta: float) -> float:
+    """The median of the Marchenko–Pastur law, whose density is √((b − x)(x − a)) / (2πβx) on [a, b] = [(1 − √β)², (1 + √β)²]."""
+    from scipy.integrate import quad
+    from scipy.optimize import brentq
+
+    a, b = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+
+    def below(x: float) -> float:
+        density = lambda y: math.sqrt(max((b - y) * (y - a), 0)) / (2 * math.pi * beta * y) if y else 0.0  # noqa: E731
+        return float(quad(density, a, x, limit=500)[0])
+
+    return float(brentq(lambda x: below(x) - 0.5, a + 1e-9, b))
+
+
+def dg_hard(pre: Tensor, ft: Tensor, scale: float) -> F64:
+    """pre + Σ_{σ_i > τ} σ_i u_i v_iᵀ of Δ, τ = scale · ω(β) · median(σ) / √(the median of noise), of one matrix, by its SVD."""
+    delta = (exact(ft) - exact(pre)).reshape(pre.shape)
+    u, s, v = np.linalg.svd(delta, full_matrices=False)
+    beta = min(pre.shape) / max(pre.shape)
+    omega = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    kept = s > scale * omega * np.median(s) / math.sqrt(noise_median(beta))
+    out: F64 = exact(pre).reshape(pre.shape) + (u[:, kept] * s[kept]) @ v[kept]
+    return out
+
+
+def intruder_vectors(pre: Tensor, ft: Tensor, k: int, epsilon: float) -> tuple[Bools, F64, F64, F64]:
+    """Which of ft's k leading left singular vectors have no |cosine| of epsilon with pre's; u, σ and v of all k."""
+    u0, _, _ = np.linalg.svd(exact(pre).reshape(pre.shape), full_matrices=False)
+    u, s, v = np.linalg.svd(exact(ft).reshape(ft.shape), full_matrices=False)
+    k = min(k, len(s))
+    found: Bools = abs(u0.T @ u[:, :k]).max(axis=0) < epsilon
+    return found, u[:, :k], s[:k], v[:k]
+
+
+def intruder(pre: Tensor, ft: Tensor, k: int, epsilon: float, factor: float) -> F64:
+    """ft + Σ (factor − 1) · (uᵀ Δ v) · u vᵀ over the intruders."""
+    found, u, _, v = intruder_vectors(pre, ft, k, epsilon)
+    delta = (exact(ft) - exact(pre)).reshape(ft.shape)
+    out = exact(ft).reshape(ft.shape).copy()
+    for i in np.flatnonzero(found):
+        out += (factor - 1) * (u[:, i] @ delta @ v[i]) * np.outer(u[:, i], v[i])
+    return out
