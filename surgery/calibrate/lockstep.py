@@ -24,6 +24,7 @@ import torch
 from surgery.calibrate.norms import Recorder
 from surgery.checkpoint.pair import refuse_quantized
 from surgery.checkpoint.source import Checkpoint
+from surgery.checkpoint.tied import same_bytes
 from surgery.errors import CheckpointError, OptionError, SurgeryError, out_of_memory, reason
 from surgery.methods.wanda import Norm
 from surgery.model.skeleton import call_arguments, fill_tables, skeleton
@@ -266,5 +267,9 @@ def _tied_embedding(weights: Weights, norms: dict[str, Norm]) -> dict[str, Norm]
         for one, other in ((target, source), (source, target)):
             origin = weights.origins.get(other)
             if one in norms and other not in norms and origin and origin.transform is None:
-                found[origin.sources[0][1]] = norms[one]
+                names = [each.sources[0][1] for each in (weights.origins.get(one), origin) if each]
+                if same_bytes(
+                    *(weights.checkpoint.tensors[name] for name in (names[0], names[-1]))
+                ):  # training may part them
+                    found[names[-1]] = norms[one]
     return found

@@ -93,6 +93,16 @@ def test_a_tied_embedding_that_is_stored_beside_its_head_gets_the_heads_norms(tm
         np.testing.assert_array_equal(both[name].values, alone["model.embed_tokens.weight"].values)
 
 
+def test_an_embedding_that_training_parted_from_its_head_has_no_norms(tmp_path: Path) -> None:
+    saved(tmp_path, "qwen2")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path, {"format": "pt"})
+    norms = measure(opened(tmp_path), tmp_path, sample_tokens())
+    assert "lm_head.weight" in norms
+    assert "model.embed_tokens.weight" not in norms
+
+
 def test_a_checkpoint_without_its_prefix_is_run_all_the_same(tmp_path: Path) -> None:
     """As gpt2 itself is stored: "h.0.…" where the model has "transformer.h.0.…"."""
     saved(tmp_path, "gpt2")
