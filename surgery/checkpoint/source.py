@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from surgery.checkpoint.companions import companions
 from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.formats import FORMATS, Base, Choice, adapter, choose, mlx, single
 from surgery.checkpoint.formats.format import Opened
@@ -36,6 +37,7 @@ class Checkpoint:
         files: the files that the weights are read from, by name.
         container: how the safetensors files are cut; None for another format.
         notes: what the user should know of how it was read.
+        inside: the folder inside in which an adapter lies with a tokenizer of its own; "" for the folder itself.
     """
 
     source: Source
@@ -44,10 +46,12 @@ class Checkpoint:
     files: dict[str, Path]
     container: Container | None
     notes: tuple[str, ...] = ()
+    inside: str = ""
 
     @property
     def folder(self) -> Path:
-        return self.source.folder
+        """Where the files beside the weights lie."""
+        return self.source.folder / self.inside
 
     @property
     def borrows(self) -> bool:
@@ -195,7 +199,10 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters
         notes.append(
             f"{first} and its like are called {unwrapped(first)} from here on: what training put before it is gone."
         )
-    return Checkpoint(source, choice.format, tensors, opened.files, container, tuple(notes))
+    equipped = choice.format in ADAPTERS and companions(source.folder / choice.inside, only_known=True)
+    return Checkpoint(
+        source, choice.format, tensors, opened.files, container, tuple(notes), choice.inside if equipped else ""
+    )
 
 
 def _unwrapped(tensors: dict[str, Tensor], container: Container | None) -> tuple[dict[str, Tensor], Container | None]:

@@ -300,7 +300,7 @@ def reading(step: Step) -> int:
 def _default_out(ft: Checkpoint, label: str) -> Path:
     if ft.source.repo:
         return Path(f"{ft.source.repo.split('/')[-1]}-{label}")
-    path = Path(os.path.realpath(ft.folder / (ft.source.file or "")))
+    path = Path(os.path.realpath(ft.source.folder / (ft.source.file or "")))
     return path.with_name(f"{path.stem if ft.source.file else path.name}-{label}")
 
 

@@ -13,6 +13,7 @@ from helpers.families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
+from surgery.__main__ import main
 from surgery.checkpoint.source import Checkpoint, open_both
 from surgery.errors import CheckpointError
 
@@ -47,6 +48,18 @@ def test_an_adapter_is_found_in_a_folder_of_a_folder(tmp_path: Path) -> None:
     shutil.copytree(made.adapter, tmp_path / "run" / "checkpoint-900" / "adapter")
     with pytest.raises(CheckpointError, match=r"2 folders that do .* Give one, such as .*checkpoint-900/adapter"):
         assert_read(made, tmp_path / "run")
+
+
+def test_the_tokenizer_beside_an_adapter_deep_in_a_folder_goes_to_the_output(tmp_path: Path) -> None:
+    made = make(tmp_path, FAMILIES["llama"], target_modules=["q_proj"])
+    inner = tmp_path / "run" / "checkpoint-500" / "adapter"
+    shutil.copytree(made.adapter, inner)
+    (made.base / "tokenizer.json").write_text('{"of": "the base"}')
+    (inner / "tokenizer.json").write_text('{"of": "the adapter"}')
+    words = ["fapm", "--pre", made.base, "--ft", tmp_path / "run", "--out", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (inner / "tokenizer.json").read_bytes()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
 
 
 def test_further_adapters_in_a_folder_are_named(tmp_path: Path) -> None:
