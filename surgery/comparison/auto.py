@@ -5,53 +5,31 @@ The items of every measure are dealt into two halves by a seeded hash. On one of
 order that was fixed before. The winner is the best, by the first half, of those that pass. Nothing that proves is used to choose.
 
 The whole costs about as much as ten evaluations of one model on all items: pre and ft, the race, and on the second half the
-finalists and the best of each other method, for comparison.
+finalists and, as far as that goes, the best of each other method, for comparison.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 from surgery.comparison.candidates import Candidate
 from surgery.comparison.compare import Plane, document
+from surgery.comparison.field import FT, Course, Field, Names, Scorer, cut
 from surgery.comparison.proof import LEVEL, Drop, certify, mean_drop, p_beyond
 from surgery.comparison.race import FINALISTS, Goal, Standing, rounds, sift
 from surgery.comparison.verdict import failure, success
 from surgery.errors import CheckpointError, OptionError
-from surgery.evaluation.bench import Scored
-from surgery.evaluation.scores import Measure, Scores, joined
+from surgery.evaluation.scores import Measure
 from surgery.evaluation.subject import Subject
+from surgery.text import share
 
-FT = "ft"
+BUDGET = 10.0  # evaluations of one model on all items
 RACE = 4.0  # evaluations on half of the items
-FEWEST = 4  # items of each measure in the first round
-LEAST = 8  # items that a measure must have
-STOPPED = "It was stopped before anything was proved: what is here was chosen on few items, and nothing was written."
-
-Names = Mapping[str, list[int]]
-
-
-class Scorer(Protocol):
-    """What scores models: a bench, or what has their scores already."""
-
-    def fingerprint(self, subject: Subject) -> str:
-        """The fingerprint of a model's weights."""
-
-    def score(self, subject: Subject, only: Mapping[str, Sequence[int]] | None = None) -> Scored:
-        """The scores of a model on all items, or on some; see `surgery.evaluation.bench.Bench.score`."""
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Positions of items by the names of the measures: those to choose on, in the order of the race, and those that prove."""
-
-    choose: Names
-    prove: Names
 
 
 @dataclass(frozen=True)
@@ -90,34 +68,6 @@ class Found:
     winner: Candidate | None
 
 
-@dataclass
-class Course:
-    """What became of a candidate."""
-
-    candidate: Candidate
-    seen: dict[str, Scores] = field(default_factory=dict)
-    round: int = 0
-    rank: int = 0
-    why: str = ""
-
-
-def deal(counts: Mapping[str, int], seed: int) -> Halves:
-    """Two halves of each measure's items, in an order that a hash of the seed decides.
-
-    Raises:
-        OptionError: a measure has too few items.
-    """
-    choose, prove = dict[str, list[int]](), dict[str, list[int]]()
-    for name, count in counts.items():
-        if count < LEAST:
-            raise OptionError(
-                f"{name}: has {count} items, and to choose on one half and prove on the other takes {LEAST} or more. Give more."
-            )
-        order = sorted(range(count), key=lambda place: hashlib.sha256(f"{seed} {name} {place}".encode()).digest())
-        choose[name], prove[name] = order[: count // 2], order[count // 2 :]
-    return Halves(choose, prove)
-
-
 def auto(
     subjects: Sequence[Subject],
     candidates: Sequence[Candidate],
@@ -152,11 +102,12 @@ def auto(
     search = Search(subjects, candidates, tasks, general, bench, goal, seed, seconds, tell)
     winner: Course | None = None
     try:
-        finalists = search.race()
-        winner = search.prove(finalists)
-        search.show_others()
+        winner = search.prove(search.race())
     except KeyboardInterrupt:
-        search.stopped, winner = True, None
+        search.stopped = True
+    else:
+        with suppress(KeyboardInterrupt):  # what wins is known already
+            search.show_others()
     return Found(search.document(winner, command, notes), None if winner is None else winner.candidate)
 
 
@@ -179,19 +130,10 @@ class Search:
         seconds: float | None,
         tell: Callable[[Round], None],
     ) -> None:
-        self.bench, self.goal, self.tell, self.tasks, self.general = bench, goal, tell, tasks, general
-        self.begun = time.monotonic()
+        self.goal, self.tell, self.begun = goal, tell, time.monotonic()
+        self.field = Field(subjects, candidates, tasks, general, bench, seed)
+        self.one = self.field.seconds
         self.deadline = math.inf if seconds is None else self.begun + seconds
-        self.pre = bench.score(subjects[0])
-        before = time.monotonic()
-        self.ft = bench.score(subjects[1])
-        self.one = time.monotonic() - before
-        self.halves = deal({name: len(scores.values) for name, scores in self.pre.scores.items()}, seed)
-        self.courses = {candidate.label: Course(candidate) for candidate in candidates}
-        self.proved = {FT: replace(self.ft, scores=self._cut(self.ft.scores, self.halves.prove))}
-        if FT in self.courses:  # was scored on all items
-            self.courses[FT].seen = self._cut(self.ft.scores, self.halves.choose)
-        self.weights = {self.ft.fingerprint: FT} if FT in self.courses else {}
         self.tests: list[tuple[str, float]] = []
         self.order: list[str] = []
         self.stopped = False
@@ -204,12 +146,12 @@ class Search:
             OptionError: pre lacks nothing, so that there is no trade-off.
         """
         ends = [
-            self._standing(self._cut(model, self.halves.choose), self.halves.choose)
-            for model in (self.pre.scores, self.ft.scores)
+            self.field.standing(cut(model, self.field.halves.choose), self.field.halves.choose)
+            for model in (self.field.pre.scores, self.field.ft.scores)
         ]
         lost, forgot = mean_drop(ends[0].lost)[0], mean_drop(ends[1].forgot)[0]
         if self.goal.limit == "knee" and not lost > 0:
-            names = ", ".join(measure.name for measure in self.tasks)
+            names = ", ".join(measure.name for measure in self.field.tasks)
             raise OptionError(
                 f"ft is no better than pre on {names}, so there is no trade-off. Give a limit, or check that the file and the "
                 "metric are those of the fine-tuned task."
@@ -218,16 +160,16 @@ class Search:
 
     def race(self) -> list[Course]:
         """The finalists, which have seen all items of the first half, the best first."""
-        left = [course for course in self.courses.values() if not course.candidate.after]
-        waiting = [course for course in self.courses.values() if course.candidate.after]
+        left = [course for course in self.field.courses.values() if not course.candidate.after]
+        waiting = [course for course in self.field.courses.values() if course.candidate.after]
         plan = rounds(len(left), RACE)
         for number, (_, seen) in enumerate(plan, 1):
             last = number == len(plan)
-            names = self._first(1.0 if last else seen)
+            names = self.field.first(1.0 if last else seen)
             keep = FINALISTS if last else plan[number][0]
             if not last and len(left) <= FINALISTS:
                 continue
-            done = self._see(left, names, number)
+            done = self.field.see(left, names, number, self._late)
             if done is None:  # no time: the order of the round before is the last word
                 left = left[:FINALISTS]
                 break
@@ -242,76 +184,53 @@ class Search:
             course.why = "its neighbours were behind"
         return left
 
-    def _see(self, left: Sequence[Course], names: Names, number: int) -> list[Course] | None:
-        """Score candidates on the first items of the first half; None where there is no time for it."""
-        reserve = (FINALISTS + self._methods()) / 2 * self.one
-        done = []
-        for course in left:
-            if time.monotonic() + reserve > self.deadline and number > 1:
-                return None
-            todo = {
-                name: places[have:]
-                for name, places in names.items()
-                if (have := len(course.seen[name].values) if name in course.seen else 0) < len(places)
-            }
-            if todo:
-                subject = self._subject(course.candidate, quick=True)
-                try:
-                    same = self.weights.setdefault(self.bench.fingerprint(subject), course.candidate.label)
-                    if same != course.candidate.label:
-                        course.why = f"has the weights of {same}"
-                        continue
-                    found = self.bench.score(subject, todo)
-                except CheckpointError as error:
-                    course.why = str(error)
-                    continue
-                for name, scores in found.scores.items():
-                    course.seen[name] = joined([course.seen[name], scores]) if name in course.seen else scores
-            course.round = number
-            done.append(course)
-        return done
+    def _late(self) -> bool:
+        """Whether what is left of the time is for the proof."""
+        return time.monotonic() + FINALISTS / 2 * self.one > self.deadline
 
     def _sift(self, left: Sequence[Course], names: Names, number: int, keep: int) -> list[Course]:
         """Those that go on, the best first."""
         standings = {}
         for course in left:
             try:
-                standings[course.candidate.label] = self._of(course, names)
+                standings[course.candidate.label] = self.field.standing_of(course, names)
             except ValueError:
                 course.why = "reads the text in other tokens than ft"
         if not standings:
             raise CheckpointError(f"No candidate could be scored: {left[0].why if left else 'see the notes'}.")
-        limited = self.tasks if self.goal.limit == "retention" else self.general
-        ahead = math.sqrt(max(len(names[one.name]) / len(self.halves.prove[one.name]) for one in limited))
+        limited = self.field.tasks if self.goal.limit == "retention" else self.field.general
+        ahead = math.sqrt(max(len(names[one.name]) / len(self.field.halves.prove[one.name]) for one in limited))
         kept, fallen = sift(standings, self.goal, self.scale, keep, ahead=ahead)
         for place, label in enumerate([*kept, *fallen]):
-            self.courses[label].rank = place
-            self.courses[label].why = fallen.get(label, "")
-        return [self.courses[label] for label in kept]
+            self.field.courses[label].rank = place
+            self.field.courses[label].why = fallen.get(label, "")
+        return [self.field.courses[label] for label in kept]
 
     def prove(self, finalists: Sequence[Course]) -> Course | None:
         """The winner: the best, by the first half, of the finalists that the second half proves to be within the limit."""
-        standings = {course.candidate.label: self._of(course, self._seen(course)) for course in finalists}
+        standings = {
+            course.candidate.label: self.field.standing_of(course, self.field.seen(course)) for course in finalists
+        }
         merits = {
             label: self.goal.merit(mean_drop(held.lost)[0], mean_drop(held.forgot)[0], self.scale)
             for label, held in standings.items()
         }
         if self.goal.limit == "knee":
             best = max(merits, key=merits.__getitem__)
-            self._prove(self.courses[best])
+            self.field.prove(self.field.courses[best])
             for course in finalists:
-                self._prove(course)
-            return self.courses[best]
+                self.field.prove(course)
+            return self.field.courses[best]
         self.order = sorted(standings, key=lambda label: self._safety(standings[label]), reverse=True)
         passed, values = certify(self.order, self._p)
         self.tests = list(zip(self.order, values, strict=False))
         for course in finalists:
-            self._prove(course)
-        return self.courses[max(passed, key=merits.__getitem__)] if passed else None
+            self.field.prove(course)
+        return self.field.courses[max(passed, key=merits.__getitem__)] if passed else None
 
     def _p(self, label: str) -> float:
         """The p-value of the hypothesis that a finalist is beyond the limit, on the second half."""
-        standing = self._standing(self._prove(self.courses[label]).scores, self.halves.prove)
+        standing = self.field.standing(self.field.prove(self.field.courses[label]).scores, self.field.halves.prove)
         return p_beyond(self._limited(standing), self.goal.most)
 
     def _safety(self, standing: Standing) -> tuple[bool, float]:
@@ -324,96 +243,53 @@ class Search:
         return standing.lost if self.goal.limit == "retention" else standing.forgot
 
     def show_others(self) -> None:
-        """Score the best of each method that has no finalist on the second half, as far as there is time."""
+        """Score the best of each method that has no finalist on the second half, as far as time and budget go."""
+        end = min(self.deadline, self.begun + BUDGET * self.one)
         for course in self._best():
-            if time.monotonic() + self.one / 2 > self.deadline:
+            if time.monotonic() + self.one / 2 > end:
                 return
-            self._prove(course)
+            self.field.prove(course)
 
     def _best(self) -> list[Course]:
         """The best candidate of each method: the one that got furthest."""
         found: dict[str | None, Course] = {}
-        for course in sorted(self.courses.values(), key=lambda course: (-course.round, course.rank)):
+        for course in sorted(self.field.courses.values(), key=lambda course: (-course.round, course.rank)):
             if course.round and course.candidate.method is not None:
                 found.setdefault(course.candidate.method, course)
         return list(found.values())
 
-    def _methods(self) -> int:
-        return len({course.candidate.method for course in self.courses.values()})
-
-    def _prove(self, course: Course) -> Scored:
-        """A candidate on the second half."""
-        label = course.candidate.label
-        if label not in self.proved:
-            self.proved[label] = self.bench.score(self._subject(course.candidate), self.halves.prove)
-        return self.proved[label]
-
-    def _subject(self, candidate: Candidate, *, quick: bool = False) -> Subject:
-        """A candidate, opened.
-
-        Args:
-            quick: without its distance from pre, for which all its tensors may have to be made once more.
-        """
-        subject = candidate.subject()
-        if candidate.recipe is not None:
-            made = {"pre": self.pre.fingerprint, "ft": self.ft.fingerprint, **candidate.recipe}
-            subject = replace(subject, recipe=made)
-        return replace(subject, against=lambda: (None, None)) if quick else subject
-
-    def _first(self, seen: float) -> Names:
-        """The first items of each measure's first half."""
-        return {
-            name: places[: min(len(places), max(FEWEST, math.ceil(seen * len(places))))]
-            for name, places in self.halves.choose.items()
-        }
-
-    def _seen(self, course: Course) -> Names:
-        return {name: places[: len(course.seen[name].values)] for name, places in self.halves.choose.items()}
-
-    def _of(self, course: Course, names: Names) -> Standing:
-        """Where a candidate stands on the first items of the first half."""
-        cut = {name: scores.at(range(len(names[name]))) for name, scores in course.seen.items()}
-        return replace(self._standing(cut, names), line=course.candidate.line, place=course.candidate.place)
-
-    def _standing(self, own: Mapping[str, Scores], names: Names) -> Standing:
-        """Where a model stands on some items, of which its scores are."""
-        ft, pre = self._cut(self.ft.scores, names), self._cut(self.pre.scores, names)
-        return Standing(
-            [Drop.between(own[one.name], ft[one.name], relative=True) for one in self.tasks],
-            [Drop.between(own[one.name], pre[one.name]) for one in self.general],
-        )
-
-    @staticmethod
-    def _cut(scores: Mapping[str, Scores], names: Names) -> dict[str, Scores]:
-        return {name: scores[name].at(places) for name, places in names.items()}
-
     def _tell(self, number: int, of: int, left: Sequence[Course], names: Names) -> None:
-        standing = self._of(left[0], names)
-        rest = (FINALISTS + self._methods()) / 2 * self.one + (of - number) / of * RACE / 2 * self.one
+        standing = self.field.standing_of(left[0], names)
+        whole = min(self.deadline - self.begun, BUDGET * self.one)
         self.tell(
             Round(
                 number,
                 of,
                 len(left),
-                len(self.courses),
+                len(self.field.courses),
                 max(map(len, names.values())),
                 left[0].candidate.label,
                 1 - mean_drop(standing.lost)[0],
                 mean_drop(standing.forgot)[0],
-                rest,
+                max(0.0, whole - (time.monotonic() - self.begun)),
             )
         )
 
     def document(self, winner: Course | None, command: Sequence[str], notes: Sequence[str]) -> dict[str, Any]:
         """Everything that was found: the comparison on the second half, the race, and the claim."""
         seconds = time.monotonic() - self.begun
-        prove = self.halves.prove
-        pre, ft = replace(self.pre, scores=self._cut(self.pre.scores, prove)), self.proved[FT]
-        rows = [scored for label, scored in self.proved.items() if label != FT]
+        prove = self.field.halves.prove
+        pre, ft = replace(self.field.pre, scores=cut(self.field.pre.scores, prove)), self.field.proved[FT]
+        rows = [scored for label, scored in self.field.proved.items() if label != FT]
         if winner is not None:
             rows.sort(key=lambda scored: scored.subject.label != winner.candidate.label)
         made = document(
-            Plane(pre, ft, self.tasks, self.general), rows, kind="auto", command=command, notes=notes, seconds=seconds
+            Plane(pre, ft, self.field.tasks, self.field.general),
+            rows,
+            kind="auto",
+            command=command,
+            notes=notes,
+            seconds=seconds,
         )
         made["stopped"] = self.stopped
         made["auto"] = {
@@ -424,10 +300,11 @@ class Search:
             "level": LEVEL,
             "commands": [list(words) for words in winner.candidate.commands] if winner else [],
             "items": {
-                name: {"choose": len(self.halves.choose[name]), "prove": len(places)} for name, places in prove.items()
+                name: {"choose": len(self.field.halves.choose[name]), "prove": len(places)}
+                for name, places in prove.items()
             },
             "evaluations": seconds / self.one if self.one > 0 else None,
-            "candidates": [self._line(course) for course in self.courses.values()],
+            "candidates": [self._line(course) for course in self.field.courses.values()],
         }
         return made
 
@@ -435,9 +312,9 @@ class Search:
         """What the race shows of a candidate."""
         kept = forgot = None
         if course.seen:
-            names = self._seen(course)
+            names = self.field.seen(course)
             try:
-                standing = self._of(course, names)
+                standing = self.field.standing_of(course, names)
                 kept, forgot = 1 - mean_drop(standing.lost)[0], mean_drop(standing.forgot)[0]
             except ValueError:
                 pass
@@ -455,12 +332,22 @@ class Search:
     def _sentence(self, winner: Course | None, rows: Sequence[dict[str, Any]]) -> str:
         """The result in plain words."""
         if self.stopped:
-            return STOPPED
+            return self._stopped()
         if winner is None:
             label, p = self.tests[0]
-            standing = self._standing(self.proved[label].scores, self.halves.prove)
+            standing = self.field.standing(self.field.proved[label].scores, self.field.halves.prove)
             return failure(self.goal, label, p, self._limited(standing))
         label = winner.candidate.label
         row = next(row for row in rows if row["label"] == label)
-        items = sum(map(len, self.halves.prove.values()))
+        items = sum(map(len, self.field.halves.prove.values()))
         return success(self.goal, row, items, dict(self.tests).get(label), self.scale)
+
+    def _stopped(self) -> str:
+        """How the race stood when it was interrupted."""
+        text = "It was stopped before anything was proved, and nothing was written."
+        seen = [course for course in self.field.courses.values() if course.round]
+        if not seen:
+            return text
+        line = self._line(min(seen, key=lambda course: (-course.round, course.rank)))
+        kept, forgot = share(line["retention"]), share(line["forgetting"], 2)
+        return f"{text} Ahead was {line['label']}, which kept {kept} and forgot {forgot} on {line['items']:,} items."

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from surgery.comparison.auto import Search, deal
+from surgery.comparison.auto import Search
 from surgery.comparison.candidates import Candidate
+from surgery.comparison.field import deal
 from surgery.comparison.proof import Drop
 from surgery.comparison.race import Goal
 from surgery.comparison.verdict import failure, power_note
@@ -149,34 +150,34 @@ def test_nothing_that_proves_is_used_to_choose() -> None:
     bench = Bench(truth)
     for label, (task, general) in bench.noise.items():
         for name, noise in (("task", task), ("general", general)):
-            places = first.halves.prove[name]
+            places = first.field.halves.prove[name]
             noise[places] = noise[places[::-1]] * (3 if label.startswith("line") else 0.1)
     other = search(truth, goal, bench=bench)
     assert [course.candidate.label for course in other.race()] == finalists
-    first.prove([first.courses[label] for label in finalists])
-    other.prove([other.courses[label] for label in finalists])
+    first.prove([first.field.courses[label] for label in finalists])
+    other.prove([other.field.courses[label] for label in finalists])
     assert first.order == other.order
 
 
 def test_the_race_asks_for_items_of_one_half_only() -> None:
     race = search(field_of(), Goal("forgetting", 0.08))
-    bench: Any = race.bench
+    bench: Any = race.field.bench
     bench.asked.clear()
     race.race()
     for _, name, places in bench.asked:
-        assert set(places) <= set(race.halves.choose[name])
+        assert set(places) <= set(race.field.halves.choose[name])
 
 
 def test_the_race_costs_a_few_evaluations_and_proves_on_all_items() -> None:
     truth = field_of(40)
     race = search(truth, Goal("forgetting", 0.08), count=1000)
-    bench: Any = race.bench
+    bench: Any = race.field.bench
     finalists = race.race()
     race.prove(finalists)
     race.show_others()
     items = sum(len(places) for _, _, places in bench.asked) / (2 * 1000)
     assert items + 2 <= 10
-    assert all(len(held.scores["task"].values) == 500 for held in race.proved.values())
+    assert all(len(held.scores["task"].values) == 500 for held in race.field.proved.values())
 
 
 @pytest.mark.parametrize("goal", [Goal("forgetting", 0.05), Goal("retention", 0.95)])
@@ -233,27 +234,27 @@ def test_candidates_that_cannot_be_scored_or_have_the_same_weights_fall_out() ->
 
     race = search(truth, Goal("forgetting", 0.1), bench=Broken(truth))
     race.prove(race.race())
-    assert race.courses["worse 0.500"].why == "the weights are broken."
-    assert race.courses["worse 0.950"].why == "has the weights of line 0.950"
+    assert race.field.courses["worse 0.500"].why == "the weights are broken."
+    assert race.field.courses["worse 0.950"].why == "has the weights of line 0.950"
 
 
 def test_a_time_limit_ends_the_race_with_a_proof() -> None:
     race = search(field_of(), Goal("forgetting", 0.1), seconds=0.0)
     winner = race.prove(race.race())
-    assert max(course.round for course in race.courses.values()) == 1
-    assert winner is None or winner.candidate.label in race.proved
+    assert max(course.round for course in race.field.courses.values()) == 1
+    assert winner is None or winner.candidate.label in race.field.proved
 
 
 def test_failure_says_what_it_would_take() -> None:
     race = search({"pre": (2.0, 0.0), "ft": (1.0, 0.5), "line 0.5": (1.4, 0.0099)}, Goal("forgetting", 0.01), count=60)
     assert race.prove(race.race()) is None
     label, p = race.tests[0]
-    drops = race._limited(race._standing(race.proved[label].scores, race.halves.prove))
+    drops = race._limited(race.field.standing(race.field.proved[label].scores, race.field.halves.prove))
     said = failure(race.goal, label, p, drops)
     assert said.startswith("No model could be proved to be one that forgets at most 1.00%, so nothing was written.")
     assert "a limit of at most " in said
     bound = float(said.rpartition("at most ")[2].rstrip("%."))
-    again = search(race.bench.truth, Goal("forgetting", bound / 100), bench=race.bench)  # type: ignore[attr-defined]
+    again = search(race.field.bench.truth, Goal("forgetting", bound / 100), bench=race.field.bench)  # type: ignore[attr-defined]
     assert again.prove(again.race()) is not None
 
 
@@ -268,3 +269,46 @@ def test_too_few_items_are_told_beforehand() -> None:
     needed = int(told.partition("takes about ")[2].partition(" ")[0].replace(",", ""))
     assert needed == pytest.approx(2 * (1.645 + 0.842) ** 2 * 0.05 * 0.95 * 0.1 / 0.005**2, rel=0.02)
     assert told.endswith("there are 200.")
+
+
+def test_a_task_on_which_ft_has_nothing_right_is_refused_and_few_right_answers_are_no_trouble() -> None:
+    class Accuracy(Bench):
+        def score(self, subject: Subject, only: Any = None) -> Scored:
+            found = super().score(subject)
+            share = self.truth[subject.label][0]
+            right = (np.random.default_rng(1).random(self.count) < share).astype(float)
+            scores = found.scores | {"task": Scores("share", right, np.ones(self.count))}
+            scores = scores if only is None else {name: scores[name].at(places) for name, places in only.items()}
+            return Scored(subject, found.fingerprint, scores, None, None)
+
+    truth = {"pre": (0.01, 0.0), "ft": (0.12, 0.5), "line 0.5": (0.11, 0.05), "line 0.9": (0.02, 0.01)}
+    accuracy = Fake("task", "share")
+    ends = [subject("pre"), subject("ft")]
+    bench: Any = Accuracy(truth, count=400)
+    race = Search(ends, candidates(truth), [accuracy], [GENERAL], bench, Goal("knee"), 0, None, lambda _: None)
+    winner = race.prove(race.race())
+    assert winner is not None
+    assert winner.candidate.label == "line 0.5"
+    nothing: Any = Accuracy(truth | {"ft": (0.0, 0.5)})
+    with pytest.raises(OptionError, match="ft scores 0 on task, so there is nothing to keep"):
+        Search(ends, [], [accuracy], [GENERAL], nothing, Goal("forgetting", 0.1), 0, None, lambda _: None)
+
+
+def test_ctrl_c_says_how_the_race_stood() -> None:
+    race = search(field_of(), Goal("forgetting", 0.08))
+    bench: Any = race.field.bench
+    real, asked = bench.score, list[None]()
+
+    def score(subject: Subject, only: Any = None) -> Scored:
+        asked.append(None)
+        if len(asked) > 60:
+            raise KeyboardInterrupt
+        found: Scored = real(subject, only)
+        return found
+
+    bench.score = score
+    with pytest.raises(KeyboardInterrupt):
+        race.prove(race.race())
+    race.stopped = True
+    said = race._sentence(None, [])
+    assert said.startswith("It was stopped before anything was proved, and nothing was written. Ahead was ")

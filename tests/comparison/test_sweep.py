@@ -19,7 +19,7 @@ from helpers.command import SURGERY, is_one_sentence
 from helpers.families import FAMILIES
 
 from surgery.__main__ import main
-from surgery.comparison.auto import deal
+from surgery.comparison.field import deal
 from surgery.comparison.grid import command_words, interleaved, label, numbers, settings, whole_numbers
 from surgery.demo.tokens import tokenizer
 from surgery.errors import OptionError
