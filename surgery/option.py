@@ -129,15 +129,19 @@ def _made(name: str, options: Sequence[Declared]) -> type:
     return make_dataclass(name, parts, frozen=True, kw_only=True)
 
 
-@cache
 def declared_options(kind: type) -> tuple[Declared, ...]:
     """The options of a dataclass and of those that it holds, in the order of the fields. Fields that are none are left out."""
+    return _declared_options(kind)
+
+
+@cache
+def _declared_options(kind: type) -> tuple[Declared, ...]:
     return tuple(_walk(kind))
 
 
 def _walk(kind: type) -> Iterator[Declared]:
     types = get_type_hints(kind)
-    for entry in fields(kind):
+    for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):  # what a base class adds stands last
         if "nested" in entry.metadata:
             yield from declared_options(entry.metadata["nested"])
         elif "option" in entry.metadata:

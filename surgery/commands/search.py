@@ -80,6 +80,8 @@ def asked(method: type[Method], values: dict[str, Any]) -> str | None:
     Raises:
         OptionError: the search lacks an option, or one of its options is given without it.
     """
+    if values["depth"] and (values.get("optimize") or values.get("sparsity") == AUTO):
+        raise OptionError("`depth` sets the numbers of all depths, so there is nothing to search for.")
     if method is Hma:
         if values["optimize"] and values["ratios"] != Hma().ratios:
             raise OptionError("`optimize` finds the ratios: leave `ratios` out, and give their `mean`.")
@@ -144,7 +146,7 @@ def _tried(method: Method, values: Mapping[str, Any]) -> list[Method]:
     from surgery.comparison.grid import numbers
 
     if not isinstance(method, Hma):
-        return [replace(method, sparsity=value) for value in numbers(TRIED, "sparsity")]  # type: ignore[type-var]
+        return [replace(method, sparsity=value) for value in numbers(TRIED, "sparsity")]  # type: ignore[call-arg]
     mean = _mean(values)
     moved = (shifts for shifts in product(SHIFTS, repeat=PARTS) if abs(sum(shifts)) < 1e-9)
     ratios = [tuple(round(mean + shift, 9) for shift in shifts) for shifts in moved]

@@ -99,12 +99,13 @@ def _sweep(
     from surgery.checkpoint.output import check_output
     from surgery.comparison.display import scoring_progress, show
     from surgery.comparison.folder import Folder
-    from surgery.comparison.grid import command_words, label, main_option, named, settings, swept_options
+    from surgery.comparison.grid import command_words, label, named, settings
     from surgery.comparison.race import parse_goal
     from surgery.comparison.sweep import Edits, sweep
     from surgery.display import say
     from surgery.editing.job import plan
     from surgery.evaluation.subject import open_subjects
+    from surgery.methods.method import main_option, swept_options
 
     kinds = [named(name) for name in dict.fromkeys(word.strip() for word in chosen.method.split(","))]
     values = {name: value for name, value in vars(given).items() if value not in (None, ())}

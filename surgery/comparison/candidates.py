@@ -21,12 +21,13 @@ from statistics import fmean
 from typing import Any
 
 from surgery.checkpoint.pair import pair
-from surgery.comparison.grid import command_words, label, line, main_option, settings
+from surgery.comparison.grid import command_words, label, line, settings
 from surgery.editing.edited import Edited
 from surgery.editing.job import Job, plan_pair, replan
 from surgery.errors import OptionError
 from surgery.evaluation.subject import Subject, edited_subject
 from surgery.methods import METHODS, Hma, Method, parameters
+from surgery.methods.method import main_option
 from surgery.option import declared_options, value_of
 
 SEEDS = (0, 1, 2)
@@ -206,7 +207,7 @@ def _averaged(
     out: Path,
     allow_nonfinite: bool,
 ) -> Candidate:
-    between = out.with_name(f"{out.name}-{first.label()}")
+    between = out.with_name(f"{out.name}-{first.title()}")
     before = [*command(first), "--out", str(between)]
     after = command_words(second, before[before.index("--pre") + 1], str(between))
     name = f"{label(first)}, {label(second)}"

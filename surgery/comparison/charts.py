@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from surgery.comparison.grid import axis_of, main_option
+from surgery.comparison.grid import axis_of
 from surgery.comparison.text import interval, score
 from surgery.methods import METHODS
+from surgery.methods.method import main_option
 from surgery.text import finite, number, readable, share
 
 Document = dict[str, Any]

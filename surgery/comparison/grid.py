@@ -12,21 +12,12 @@ from typing import Any
 
 from surgery.errors import OptionError
 from surgery.methods import METHODS, Method
+from surgery.methods.method import main_option, swept_options
 from surgery.methods.scope import number
 from surgery.option import Declared, build, declared_options, flag, value_of
 
 MOST = 1000  # settings of one option
 EXACT = 10**15  # whole numbers up to here are floats, too
-
-
-def swept_options(kind: type[Method]) -> list[Declared]:
-    """The options of a method that a sweep varies, the main one first."""
-    return [one for one in declared_options(kind) if one.option.swept]
-
-
-def main_option(kind: type[Method]) -> Declared:
-    """The option of a method whose number a sweep changes."""
-    return swept_options(kind)[0]
 
 
 def axis_of(kind: type[Method]) -> str:
@@ -53,12 +44,16 @@ def settings(
 
     Args:
         typed: for a swept option, what to try, as a user types it; its own grid where it is missing.
-        fixed: values of the other options.
+        fixed: values of the other options. With a `depth` the main number has only its default.
 
     Raises:
         OptionError: a text is no setting, or a number is out of range.
     """
     typed, options = typed or {}, swept_options(kind)
+    if (fixed or {}).get("depth"):
+        main, *options = options
+        if main.name in typed:
+            raise OptionError(f"`depth` says what `{main.name}` is: leave `{main.name}` out.")
     grids = [
         _values(one, typed.get(one.name) or [one.option.swept.grid if one.option.swept else ""]) for one in options
     ]
@@ -137,10 +132,10 @@ def whole_numbers(text: str, name: str) -> tuple[int, ...]:
 def label(method: Method) -> str:
     """A setting's row: the method and its numbers, such as "fapm 0.9" or "half-reset 0.5 seed 1"."""
     main = main_option(type(method))
-    others = [one for one in declared_options(type(method)) if one.name != main.name]
+    others = [one for one in declared_options(type(method)) if one.name not in ("depth", main.name)]
     changed = [one for one in others if value_of(method, one.name) != one.default]
     words = [f"{one.name.replace('_', ' ')} {_text(value_of(method, one.name))}" for one in changed]
-    return " ".join([method.name, _text(value_of(method, main.name)), *words])
+    return " ".join([method.name, _text(method.depth or value_of(method, main.name)), *words])
 
 
 def line(method: Method) -> tuple[Any, ...] | None:
@@ -180,15 +175,15 @@ def command_words(method: Method, pre: str, ft: str, more: Sequence[str] = ()) -
     words = ["surgery", method.name, "--pre", pre, "--ft", ft]
     for one in declared_options(type(method)):
         value = value_of(method, one.name)
-        if one.name != main_option(type(method)).name and value != one.default:
+        if one.name not in ("depth", main_option(type(method)).name) and value != one.default:
             for each in value if isinstance(value, tuple) else (value,):
                 words += [flag(one.name), _text(each)]
     return [*words, *setting_words(method), *more]
 
 
 def setting_words(method: Method) -> list[str]:
-    """The option for a method's main number, and its value."""
-    name = main_option(type(method)).name
+    """The option for a method's main number, or for its numbers by depth, and the value."""
+    name = "depth" if method.depth else main_option(type(method)).name
     return [flag(name), _text(value_of(method, name))]
 
 

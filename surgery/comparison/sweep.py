@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from surgery.comparison.auto import auto
 from surgery.comparison.candidates import Candidate, place
 from surgery.comparison.compare import STOPPED, Plane, document
-from surgery.comparison.grid import interleaved, label, line, main_option
+from surgery.comparison.grid import interleaved, label, line
 from surgery.comparison.race import Goal
 from surgery.editing.job import Job, replan
 from surgery.errors import OptionError
 from surgery.evaluation.bench import Observe, Scored
 from surgery.evaluation.subject import Subject, edited_subject
+from surgery.methods.method import main_option
 
 if TYPE_CHECKING:
     from surgery.evaluation.scores import Measure

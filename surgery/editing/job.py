@@ -137,7 +137,7 @@ def plan_pair(
         others: further fine-tuned models, for a merge.
     """
     base, tuned = both.pre, both.ft
-    actions = method.plan(both.items)
+    actions = method.actions(both.items)
     container = tuned.container
     if container is None or max_shard_size is not None:
         container = split(tuned.tensors, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size)
@@ -157,7 +157,7 @@ def plan_pair(
         method,
         _tied(both, method, steps),
         container,
-        _default_out(tuned, method.label()),
+        _default_out(tuned, method.title()),
         False,
         copies,
         changed,
@@ -171,7 +171,7 @@ def replan(job: Job, method: Method) -> Job:
     Raises:
         OptionError: the parameters do not fit this model.
     """
-    actions = method.plan(job.pair.items)
+    actions = method.actions(job.pair.items)
     steps = [replace(step, action=action) for step, action in zip(job.steps, actions, strict=True)]
     return replace(job, method=method, steps=_tied(job.pair, method, steps))
 

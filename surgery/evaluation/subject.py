@@ -172,7 +172,7 @@ def edited_subject(
         return totals["distance_after"], totals["effective_sparsity"]
 
     return Subject(
-        label or job.method.label(),
+        label or job.method.title(),
         edited.checkpoint,
         {**job.copies, **job.changed},
         job.method.name,

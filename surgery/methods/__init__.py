@@ -14,18 +14,22 @@ from surgery.methods.hma import Hma
 from surgery.methods.intruder import Intruder
 from surgery.methods.lines import Lines
 from surgery.methods.magnitude import Magnitude
-from surgery.methods.method import Method
+from surgery.methods.method import Method, main_option
 from surgery.methods.salience import Salience
 from surgery.methods.ties import Ties
 from surgery.methods.wanda import Wanda
 
 
 def parameters(method: Method) -> dict[str, Any]:
-    """A method's parameters, for the report; what was measured for it is not among them."""
+    """A method's parameters, for the report; what was measured for it is not among them.
+
+    Where there is a number for each depth, the main number has no meaning and is left out.
+    """
+    unused = main_option(type(method)).name if method.depth else "depth"
     everything: dict[str, Any] = {
         entry.name: getattr(method, entry.name)
-        for entry in fields(method)  # type: ignore[arg-type]
-        if entry.metadata.get("parameter", True)
+        for entry in fields(method)
+        if entry.metadata.get("parameter", True) and entry.name != unused
     }
     return {name: asdict(value) if is_dataclass(value) else value for name, value in everything.items()}  # type: ignore[arg-type]
 

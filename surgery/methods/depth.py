@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from surgery.layout import Place
 
@@ -26,3 +26,16 @@ def depth(where: Place, counts: dict[str, int]) -> float:
     if where.layer is None:
         return 0.0 if where.side == "input" else 1.0
     return where.layer / (counts[where.stack] - 1) if counts[where.stack] > 1 else 1.0
+
+
+def interpolated(numbers: Sequence[float], at: float) -> float:
+    """The numbers' piecewise linear function on [0, 1], on which they are evenly spaced.
+
+    Args:
+        numbers: two or more.
+        at: from 0 to 1.
+    """
+    place = at * (len(numbers) - 1)
+    left = min(int(place), len(numbers) - 2)
+    part = place - left
+    return (1 - part) * numbers[left] + part * numbers[left + 1]

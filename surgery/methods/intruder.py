@@ -47,7 +47,7 @@ class Intruder(Method):
     help: ClassVar[str] = """Scale down intruders: leading singular vectors of ft that resemble none of pre's.
 
     Of the k leading left singular vectors, those whose largest |cosine| with any of pre's is under ε. Needs memory for two
-    Gram matrices of the smaller side: 0.8 GB for a side of 4,096.
+    Gram matrices of the smaller side: 0.9 GB for a side of 4,096.
     """
     about: ClassVar[str] = "intruder dimensions scaled down (arXiv 2410.21228)"
     factor: float = option(
