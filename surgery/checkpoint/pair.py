@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint.item import Item
+from surgery.checkpoint.quantized import holds_codes
 from surgery.checkpoint.regroup import Regrouped, regroup
 from surgery.checkpoint.source import Checkpoint
 from surgery.checkpoint.tensor import Tensor
@@ -18,9 +19,6 @@ from surgery.checkpoint.tied import config_of, parted, same_bytes, tied_names
 from surgery.checkpoint.vocabulary import new_tokens, other_tokens
 from surgery.errors import CheckpointError, PairError
 from surgery.layout import align, place, projections, shares_key_values, tower
-
-# What quantized weights are packed into. A mask or a counter, of another integer type, is copied.
-CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +176,7 @@ def _without(tensors: Mapping[str, Tensor], taken: Collection[str]) -> list[str]
 
 def refuse_quantized(tensor: Tensor) -> None:
     """Raise CheckpointError where a weight is stored as codes."""
-    where = place(tensor.name)
-    stored_as_codes = (
-        tensor.dtype in CODES and not where.buffer and (where.layer is not None or where.category != "other")
-    )
-    if tensor.is_quantized or stored_as_codes:
+    if holds_codes(tensor):
         raise CheckpointError(
             f"{tensor.path}: {tensor.name} is quantized ({tensor.dtype}), so its numbers are codes. Dequantize the model to "
             "bfloat16 first."

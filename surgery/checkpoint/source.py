@@ -13,8 +13,9 @@ from surgery.checkpoint.container import Container, Shard
 from surgery.checkpoint.formats import FORMATS, Base, Choice, adapter, choose, mlx, single
 from surgery.checkpoint.formats.format import Opened
 from surgery.checkpoint.hub import Source, resolve
+from surgery.checkpoint.quantized import dequantize
 from surgery.checkpoint.tensor import Tensor
-from surgery.checkpoint.tied import config_of
+from surgery.checkpoint.tied import CONFIG, config_of
 from surgery.errors import CheckpointError, PairError
 from surgery.layout import unwrapped
 
@@ -38,6 +39,7 @@ class Checkpoint:
         container: how the safetensors files are cut; None for another format.
         notes: what the user should know of how it was read.
         inside: the folder inside in which an adapter lies with a tokenizer of its own; "" for the folder itself.
+        quantized: the name of the quantization that its weights are stored in; "" where they are plain numbers.
     """
 
     source: Source
@@ -47,6 +49,7 @@ class Checkpoint:
     container: Container | None
     notes: tuple[str, ...] = ()
     inside: str = ""
+    quantized: str = ""
 
     @property
     def folder(self) -> Path:
@@ -178,7 +181,9 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters
         if other
         else None
     )
-    opened = FORMATS[choice.format].open(source.folder / choice.inside, choice, base)
+    opened, quantized = FORMATS[choice.format].open(source.folder / choice.inside, choice, base), ""
+    if not FORMATS[choice.format].needs_base:
+        opened, quantized = dequantize(opened, config_of(source.folder), source.folder / CONFIG)
     notes += [note for note in opened.notes if note not in notes]
     if factor := next((name for name in opened.tensors if UNMERGED.search(name)), None):
         path, config = opened.tensors[factor].path, source.folder / choice.inside / adapter.CONFIG
@@ -200,9 +205,8 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters
             f"{first} and its like are called {unwrapped(first)} from here on: what training put before it is gone."
         )
     equipped = choice.format in ADAPTERS and companions(source.folder / choice.inside, only_known=True)
-    return Checkpoint(
-        source, choice.format, tensors, opened.files, container, tuple(notes), choice.inside if equipped else ""
-    )
+    inside = choice.inside if equipped else ""
+    return Checkpoint(source, choice.format, tensors, opened.files, container, tuple(notes), inside, quantized)
 
 
 def _unwrapped(tensors: dict[str, Tensor], container: Container | None) -> tuple[dict[str, Tensor], Container | None]:

@@ -151,7 +151,8 @@ def plan_pair(
         for step in steps
     ]
     both.notes.extend(note for _, notes in further for note in notes)
-    both.notes.extend(_leftover(copies))
+    if not (base if tuned.borrows else tuned).quantized:
+        both.notes.extend(_leftover(copies))
     return Job(
         both,
         method,
@@ -223,8 +224,8 @@ def _copies(pre: Checkpoint, ft: Checkpoint) -> dict[str, Path]:
 def _configured(copies: Mapping[str, Path], both: Pair) -> dict[str, bytes]:
     """config.json as it must be beside the output's weights, if that is not as it is.
 
-    Where it is pre's, it gets the size of ft's vocabulary. A head that is no longer tied is said to be so, and a quantization of
-    weights that are plain numbers is left out.
+    Where it is pre's, it gets the size of ft's vocabulary. A head that is no longer tied is said to be so, and a quantization is
+    left out: what is written are plain numbers.
     """
     config = read_json(copies[CONFIG])
     made = _resized(config, both) if both.ft.borrows else config

@@ -45,6 +45,11 @@ def open_model(typed: str) -> Checkpoint:
     if source.file or FORMATS[weights_of(source).format].borrows:
         raise CheckpointError(f"{typed}: cannot be trained. Give the folder of a model in the Hugging Face format.")
     opened = open_checkpoint(source)
+    if opened.quantized:
+        raise CheckpointError(
+            f"{opened.folder}: the weights are quantized ({opened.quantized}), so they cannot be trained. Dequantize the "
+            "model to bfloat16 first."
+        )
     for tensor in opened.tensors.values():
         refuse_quantized(tensor)
     if not (opened.folder / CONFIG).is_file():
