@@ -23,6 +23,12 @@ class Asked:
     pre: str = option(help=PRE)
     ft: str = option(help=f"{FT[:-1]}, or what surgery made of one.")
     tensor: str | None = option(None, metavar="NAME", help="Look at this tensor alone.")
+    ranks: bool = option(
+        False,
+        help="The spectrum of Δ instead, of each matrix: stable rank, the share of ‖Δ‖² in the leading singular values, and "
+        "intruders, the leading directions of ft that pre does not have. --plot draws the spectra. Takes memory as "
+        "[b]surgery intruder[/b] does.",
+    )
     plot: Path | None = option(
         None,
         metavar="FILE",
@@ -53,8 +59,10 @@ def _diff(asked: Asked) -> None:
     """
     from contextlib import ExitStack
 
-    from surgery.diff.display import show_diff, show_tensor
-    from surgery.diff.measure import TABLE, as_csv, comparable, measure, prepare, select
+    from surgery.diff import measure as numbers
+    from surgery.diff import ranks
+    from surgery.diff.display import show_diff, show_ranks, show_tensor
+    from surgery.diff.measure import comparable, prepare, select
     from surgery.display import progress
     from surgery.engines.stream import workers as count_workers
     from surgery.paths import OutFile, local
@@ -65,32 +73,36 @@ def _diff(asked: Asked) -> None:
 
         check_matplotlib()
     inputs = local(asked.pre, asked.ft)
+    kind = ranks if asked.ranks else numbers
     with ExitStack() as places:
-        table = places.enter_context(OutFile(asked.csv, TABLE, "csv", inputs)) if asked.csv else None
+        table = places.enter_context(OutFile(asked.csv, kind.TABLE, "csv", inputs)) if asked.csv else None
         picture = places.enter_context(OutFile(asked.plot, PICTURE, "plot", inputs)) if asked.plot else None
         both = prepare(asked.pre, asked.ft)
         for place in (table, picture):
             if place:
                 place.keep_off([*both.pre.files.values(), *both.ft.files.values()])
         tensors = [select(both, asked.tensor)] if asked.tensor else comparable(both)
-        with progress(sum(each.nbytes for each in tensors)) as advance:
-            document = measure(both, tensors, workers=asked.workers, advance=advance)
+        tensors = ranks.matrices(tensors) if asked.ranks else tensors
+        with progress(sum(each.nbytes for each in tensors) * (ranks.PASSES if asked.ranks else 1)) as advance:
+            document = kind.measure(both, tensors, workers=asked.workers, advance=advance)
         written = []
         if table:
-            table.write(as_csv(document))
+            table.write(kind.as_csv(document))
             written.append(f"Wrote {table.path}")
         if picture:
-            picture.write(_draw(both, document, asked.tensor, picture.path.suffix.lower()[1:]))
+            picture.write(_draw(both, document, asked, picture.path.suffix.lower()[1:]))
             written.append(f"Wrote {picture.path}")
-    show = show_tensor if asked.tensor else show_diff
+    show = show_ranks if asked.ranks else show_tensor if asked.tensor else show_diff
     show(document, written, as_json=asked.as_json)
 
 
-def _draw(both: Pair, document: dict[str, Any], tensor: str | None, kind: str) -> bytes:
-    from surgery.diff.plot import four_panels, heat_map
+def _draw(both: Pair, document: dict[str, Any], asked: Asked, kind: str) -> bytes:
+    from surgery.diff.plot import four_panels, heat_map, spectra
     from surgery.pictures import render
 
-    if tensor is None:
+    if asked.ranks:
+        return render(spectra(document), kind)
+    if (tensor := asked.tensor) is None:
         return render(heat_map(document), kind)
     from surgery.diff.measure import select
     from surgery.diff.panels import reduce

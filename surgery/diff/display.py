@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -39,6 +40,40 @@ def show_diff(document: dict[str, Any], written: Sequence[str], *, as_json: bool
         console.print("Left: ‖Δ‖ over what it was before surgery edited this checkpoint.")
     for line in written:
         console.print(line, soft_wrap=True)
+
+
+def show_ranks(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:
+    """Print the spectra by module, the means over the layers, then a line for each file that was written."""
+    if as_json:
+        show_json(document)
+        return
+    console = new_console()
+    modules: dict[str, list[dict[str, Any]]] = {}
+    for line in document["tensors"]:
+        modules.setdefault(line["module"], []).append(line)
+    rows = [
+        [
+            name,
+            f"{sum(line['matrices'] for line in lines):,}",
+            *(fixed(_average(lines, "stable_rank"), 1), share(_average(lines, "energy_1"), 1)),
+            *(share(_average(lines, "energy_k"), 1), f"{sum(line['intruders'] or 0 for line in lines):,}"),
+        ]
+        for name, lines in modules.items()
+    ]
+    leading = f"Top {document['k']}"
+    _print(console, ["Module", "Matrices", "Stable rank", "Top 1", leading, "Intruders"], rows, total=False)
+    print_notes(console, document["notes"])
+    console.print(
+        f"Stable rank: ‖Δ‖² / σ₁². Top: the share of ‖Δ‖² in so many singular values. Means over layers. Intruders: of the "
+        f"{document['k']} leading left singular vectors of ft, those with no |cosine| of {document['epsilon']} with pre's."
+    )
+    for text in written:
+        console.print(text, soft_wrap=True)
+
+
+def _average(lines: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [line[name] for line in lines if line[name] is not None]
+    return fmean(values) if values else None
 
 
 def show_tensor(document: dict[str, Any], written: Sequence[str], *, as_json: bool) -> None:

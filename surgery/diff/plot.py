@@ -101,6 +101,43 @@ def heat_map(document: dict[str, Any]) -> Figure:
     return figure
 
 
+def spectra(document: dict[str, Any]) -> Figure:
+    """Draw the singular values of Δ over their number, as shares of the largest, a panel for each module and a line for each
+    layer, from dark (the first) to light.
+
+    Raises:
+        OptionError: there is nothing to draw.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    modules: dict[str, list[dict[str, Any]]] = {}
+    for line in document["tensors"]:
+        if line["spectrum"]:
+            modules.setdefault(line["module"], []).append(line)
+    if not modules:
+        raise OptionError(
+            "No matrix of the two models differs, so there is no spectrum to draw. Leave the picture out."
+        )
+    across = min(len(modules), 4)
+    down = math.ceil(len(modules) / across)
+    figure = Figure((0.6 + 2.6 * across, 0.7 + 2.1 * down), layout="constrained")
+    figure.suptitle(f"Singular values of Δ / the largest: {_models(document)}", fontsize=9)
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+    for axes, (name, lines) in zip(panels, modules.items(), strict=False):
+        last = max(line["layer"] or 0 for line in lines)
+        for line in lines:
+            number, value = zip(*line["spectrum"], strict=True)
+            shade = 0.85 * (line["layer"] or 0) / max(last, 1)
+            axes.loglog(number, [each / value[0] for each in value], color=colormaps[HEAT](shade), linewidth=0.8)
+        axes.set_title(drawable(name), fontsize=8)
+        axes.set_ylim(1e-3, 1.5)
+        axes.tick_params(labelsize=7)
+    for axes in panels[len(modules) :]:
+        axes.remove()
+    return figure
+
+
 def four_panels(panels: Panels, name: str) -> Figure:
     """Draw |W_pre|, |Δ|, |Δ| / |W_pre| and FAPM's score of one tensor; colours range from the 5th to the 95th percentile."""
     from matplotlib.figure import Figure

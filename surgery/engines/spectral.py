@@ -37,7 +37,7 @@ BLOCK = 1 << 21
 ROUNDING = 1e-14
 
 Wide = NDArray[np.float64]
-_alone = threading.Lock()
+one_at_a_time = threading.Lock()
 
 
 class Algebra(Protocol):
@@ -145,29 +145,33 @@ def soften(worker: Worker, action: Soften, sides: Sides, sink: Sink, algebra: Al
     return _each(worker, sides, sink, algebra, lambda blocks, part: _soften(blocks, action, part))
 
 
+def of_task_vector(blocks: Blocks) -> Spectrum | None:
+    """The singular values of Δ, and the vectors of the smaller side; None where a number is not finite or there is none."""
+    if not blocks.sides.ft.entries:
+        return None
+    gram: Any = 0.0
+    for _, delta in blocks.thin():
+        gram = gram + delta.T @ delta
+    return blocks.spectrum(gram) if blocks.finite(gram) else None
+
+
 def _each(worker: Worker, sides: Sides, sink: Sink, algebra: Algebra, edit: Callable[[Blocks, Sink], Result]) -> Result:
     """Edit each matrix of a tensor, one matrix of any tensor at a time."""
     if len(sides.ft.shape) == 2:
-        with _alone:
+        with one_at_a_time:
             return replace(edit(Blocks(worker, sides, algebra), sink), kept=None, pruned=None)
     sums = Result(None, None, 0, 0.0, 0.0, 0.0)
     for number in range(sides.ft.shape[0]):
         part = sides.rows(number, number + 1)
-        with _alone:
+        with one_at_a_time:
             sums += edit(Blocks(worker, part, algebra), Shifted(sink, part.ft.start - sides.ft.start))
     return replace(sums, kept=None, pruned=None)
 
 
 def _shrink(blocks: Blocks, action: Shrink, sink: Sink) -> Result:
-    if not blocks.sides.ft.entries:
-        return Sums().result(None, None)
-    gram: Any = 0.0
-    for _, delta in blocks.thin():
-        gram = gram + delta.T @ delta
-    if not blocks.finite(gram):
+    spectrum = of_task_vector(blocks)
+    if spectrum is None:
         return take(blocks.worker, Keep(), blocks.sides, sink)
-    spectrum = blocks.spectrum(gram)
-    del gram
     count = int(np.count_nonzero(action.keep(spectrum.values, blocks.height, blocks.width)))
     if count in (0, len(spectrum.values)):
         return take(blocks.worker, Reset() if count == 0 else Keep(), blocks.sides, sink)
