@@ -21,7 +21,7 @@ from surgery.layout import unwrapped
 
 # Factors of an adapter among a model's weights.
 UNMERGED = re.compile(
-    r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_[ab]|hada_w\d_[ab]|oft_R|ia3_l)(?:\.|$)"
+    r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_[ab]|hada_w\d_[ab]|lokr_w\d(?:_[ab])?|trainable_tokens_delta|oft_R|ia3_l)(?:\.|$)"
 )
 ADAPTERS = (adapter.NAME, mlx.NAME)
 # How deep a folder is searched for an adapter: "run/checkpoint-500/adapter".

@@ -37,10 +37,12 @@ PART = re.compile(
 UNKNOWN = re.compile(r"\.lora_|\.ia3_|\.hada_|\.lokr_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.")
 # Of a vocabulary with more rows peft stores the saved modules twice more, under its wrapper's names.
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")
+# What peft puts between a module and its own weight, and before what it trains of a module as a whole.
 WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|original_module|ln_tuning_layers)(?=\.|$)")
 SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 # The order in which a module has its stacked experts; peft nests what is added to them in it.
-EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+# Parts by the type of adapter.
 LORA = {"lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 STARTS = {"IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_"}
 Read = Callable[[Path, Path, Base], dict[str, Tensor]]
@@ -284,7 +286,7 @@ class _Reading:
     def _parameters(self, module: str) -> list[str]:
         """The parameters of a module that are targeted by themselves, in the order in which the model has them."""
         inner = {target.rpartition(".")[2] for target in self.settings.parameters}
-        order = {name: number for number, name in enumerate(EXPERTS)}
+        order = {name: number for number, name in enumerate(ORDER)}
         return [
             f"{module}.{name}"
             for name in sorted(inner, key=lambda name: (order.get(name, -1), name))

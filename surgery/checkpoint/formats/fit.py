@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from surgery.checkpoint.formats import lora, low_rank
-from surgery.checkpoint.formats.adapter_config import MERGE, Settings
+from surgery.checkpoint.formats.adapter_config import CONVERT, MERGE, Settings
 from surgery.checkpoint.formats.format import Base
 from surgery.checkpoint.formats.whole import Kernel, Principal
 from surgery.checkpoint.tensor import Tensor
@@ -31,6 +31,7 @@ class Fit:
         self.weights, self.settings, self.base, self.experts = weights, settings, base, low_rank.Experts()
 
     def _computed(self, before: Tensor, change: lora.Change) -> Tensor:
+        """The weight with a change that is made while it is read."""
         return replace(before, data=lora.Computed(self.weights, before, before.dtype, change), start=0)
 
     def rows(self, module: str, parts: Parts, before: Tensor) -> Tensor:
@@ -83,6 +84,11 @@ class Fit:
         scale = self.settings.scale(module)
         delta = low_rank.low_rank(a, b, scale, transposed=transposed) if len(a.shape) == 2 else Kernel(a, b, scale)
         if self.settings.principal and not embedding and len(a.shape) == 2:
+            if transposed and self.settings.principal == "olora":
+                raise CheckpointError(
+                    f"{self.settings.path}: was begun by olora, which peft does not load for a weight that is stored as "
+                    f"[in, out] ({before.name}). {CONVERT}"
+                )
             residual = Principal(before, self.settings.principal, rank, scale, transposed)
             before = self._computed(before, lora.Added(residual))
         magnitude = parts.get("lora_magnitude_vector")

@@ -181,10 +181,12 @@ def test_several_threads_read_the_same(tmp_path: Path) -> None:
     assert set(found) == {fill(tensor)}
 
 
-def test_a_wide_layer_is_read_in_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_wide_layer_is_read_in_little_memory(tmp_path: Path, dora: bool) -> None:
     side, rank = 2048, 16
-    a, b = torch.randn(rank, side), torch.randn(side, rank)
-    made = write_by_hand(tmp_path, {"q.weight": torch.randn(side, side)}, {"q.lora_A.weight": a, "q.lora_B.weight": b})
+    factors = {"q.lora_A.weight": torch.randn(rank, side), "q.lora_B.weight": torch.randn(side, rank)}
+    factors |= {"q.lora_magnitude_vector": torch.ones(side)} if dora else {}
+    made = write_by_hand(tmp_path, {"q.weight": torch.randn(side, side)}, factors, use_dora=dora)
     view = memoryview(bytearray(1 << 20))
     tracemalloc.start()
     with made["q.weight"].open() as reader:
@@ -195,12 +197,12 @@ def test_a_wide_layer_is_read_in_little_memory(tmp_path: Path) -> None:
     assert peak < 2_000_000
 
 
-def write_by_hand(folder: Path, base: Tensors, adapter: Tensors) -> Mapping[str, Tensor]:
+def write_by_hand(folder: Path, base: Tensors, adapter: Tensors, **settings: Any) -> Mapping[str, Tensor]:
     folder.mkdir(exist_ok=True)
     save_file(base, folder / "model.safetensors")
     save_file(adapter, folder / "adapter_model.safetensors")
     rank = adapter["q.lora_A.weight"].shape[0]
-    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, **settings}
     (folder / "adapter_config.json").write_text(json.dumps(values))
     return read(
         folder / "adapter_config.json",
