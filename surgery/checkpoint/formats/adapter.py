@@ -30,7 +30,7 @@ WHOLE = (safetensors.SINGLE, safetensors.INDEX, "pytorch_model.bin", "pytorch_mo
 PREFIX = "base_model.model."
 # peft names the adapter in a model's own state dict ("lora_A.default.weight"), and leaves the name out where it saves.
 PART = re.compile(
-    r"(?P<module>.+?)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|(?:token_adapter\.)?trainable_tokens_delta"
+    r"(?P<module>.+?)\.(?P<kind>lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|(?:token_adapter\.)?trainable_tokens_delta"
     r"|ia3_l|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
@@ -44,7 +44,7 @@ SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 # Parts by the type of adapter.
 LORA = {"lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
-STARTS = {"IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_"}
+STARTS = {"ADALORA": "lora_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_"}
 Read = Callable[[Path, Path, Base], dict[str, Tensor]]
 Parts = dict[str, Tensor]
 Experts = dict[tuple[str, str, int], str]  # module, projection, number of the expert -> name of the tensor
@@ -272,9 +272,12 @@ class _Reading:
 
     def _others(self, module: str, parts: Parts) -> Iterator[_Change]:
         """What an adapter of another type than LoRA changes."""
-        make = {"IA3": self.fit.multiplied, "LOHA": self.fit.hadamard, "LOKR": self.fit.kronecker}.get(
-            self.settings.kind
-        )
+        make = {
+            "ADALORA": self.fit.adaptive,
+            "IA3": self.fit.multiplied,
+            "LOHA": self.fit.hadamard,
+            "LOKR": self.fit.kronecker,
+        }.get(self.settings.kind)
         if make is None or not all(kind.startswith(STARTS[self.settings.kind]) for kind in parts):
             raise CheckpointError(
                 f"{self.weights}: {module}.{next(iter(parts))} is no part of an adapter of type {self.settings.kind}. {MERGE}"

@@ -36,7 +36,7 @@ NO_MERGE = (
 
 
 # Types that are read. Others are refused by their name.
-KINDS = ("LORA", "IA3", "LOHA", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS")
+KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS")
 
 
 def principal(values: Mapping[str, Any]) -> str | None:
@@ -92,11 +92,21 @@ class Settings:
             raise self._damaged("r")
         return int(rank)
 
+    def first_rank(self) -> int:
+        """The rank at which AdaLoRA began."""
+        rank = self.values.get("init_r")
+        if type(rank) is not int or not 0 < rank < 1 << 24:
+            raise self._damaged("init_r")
+        return rank
+
     def scale(self, module: str) -> float:
         """s: α/r or α/√r."""
-        key = "lora_alpha" if self.kind == "LORA" else "alpha"
-        alpha, rank = self._number(key, "alpha_pattern", module), self.rank(module)
+        alpha, rank = self.alpha(module), self.rank(module)
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+
+    def alpha(self, module: str) -> float:
+        """α of a module."""
+        return self._number("lora_alpha" if "LORA" in self.kind else "alpha", "alpha_pattern", module)
 
     def rows(self, module: str) -> tuple[int, ...]:
         """The rows of a module that were trained."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from surgery.checkpoint.formats import lora, low_rank
 from surgery.checkpoint.formats.adapter_config import CONVERT, MERGE, Settings
 from surgery.checkpoint.formats.format import Base
@@ -165,6 +167,28 @@ class Fit:
         if len(vector.shape) != 2 or before.shape[axis : axis + 1] != (vector.entries,) or len(before.shape) > 2:
             raise self._unfit(f"{module}.ia3_l", vector.shape, before)
         return self._computed(before, lora.Multiplied(vector, axis == 1 or len(before.shape) == 1, before.shape[-1]))
+
+    def adaptive(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """AdaLoRA: α · B·(E∘A) / (r + 10⁻⁵) with E [rank, 1] and the rank r at the beginning (Zhang et al., arXiv 2303.10512)."""
+        self._floats(module, before, *parts.values())
+        a, b, e = (parts.get(f"lora_{kind}") for kind in "ABE")
+        if not (a and b and e) or [len(tensor.shape) for tensor in (a, b, before)] != [2, 2, 2] or len(parts) != 3:
+            raise CheckpointError(
+                f"{self.weights}: {module} has no matrices A and B with their E. Save the adapter again."
+            )
+        rank, sizes = a.shape[0], (b.shape[0], a.shape[1])
+        transposed = sizes != before.shape or self._is_turned(before)
+        if before.shape != (sizes[::-1] if transposed else sizes) or b.shape[1] != rank or e.shape != (rank, 1):
+            raise self._unfit(module, sizes, before)
+        alpha = self.settings.alpha(module)
+        delta = low_rank.LowRank(
+            partial(low_rank.numbers, b),
+            partial(low_rank.scaled_rows, a, e),
+            alpha if alpha > 0 else rank,
+            transposed,
+            float(np.float32(self.settings.first_rank()) + np.float32(1e-5)),
+        )
+        return self._computed(before, lora.Added(delta))
 
     def hadamard(self, module: str, parts: Parts, before: Tensor) -> Tensor:
         """LoHa: two products of factors, multiplied entry by entry."""

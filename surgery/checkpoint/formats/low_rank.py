@@ -44,6 +44,11 @@ def multiplied(a: Tensor, b: Tensor) -> Floats:
     return found
 
 
+def scaled_rows(a: Tensor, e: Tensor) -> Floats:
+    """The rows of a [r, m], each times its number in e [r, 1]."""
+    return numbers(a) * numbers(e)
+
+
 def one() -> Floats:
     """The factor [[1]]."""
     return np.ones((1, 1), np.float32)
@@ -103,10 +108,11 @@ class Delta(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """s · left·right, or its transpose.
+    """s · left·right / d, or its transpose.
 
     Attributes:
         left, right: give [rows, r] and [r, columns] in float32.
+        divisor: d.
         transposed: it is (left·right)ᵀ, added to a weight that is stored as [in, out].
     """
 
@@ -114,10 +120,13 @@ class LowRank:
     right: Factor
     scale: float
     transposed: bool = False
+    divisor: float = 1.0
 
     def load(self) -> LoadedLowRank:
         left, right = self.left(), self.right()
-        return LoadedLowRank(right.T, left.T, self.scale) if self.transposed else LoadedLowRank(left, right, self.scale)
+        if self.transposed:
+            left, right = right.T, left.T
+        return LoadedLowRank(left, right, self.scale, self.divisor)
 
 
 def low_rank(a: Tensor, b: Tensor, scale: float, *, transposed: bool = False) -> LowRank:
@@ -128,13 +137,15 @@ def low_rank(a: Tensor, b: Tensor, scale: float, *, transposed: bool = False) ->
 class LoadedLowRank:
     """Factors in memory."""
 
-    def __init__(self, left: Floats, right: Floats, scale: float) -> None:
-        self.left, self.right, self.scale = left, right.astype(np.float64, order="C"), np.float32(scale)
-        self.width = right.shape[1]
+    def __init__(self, left: Floats, right: Floats, scale: float, divisor: float = 1.0) -> None:
+        self.left, self.right, self.width = left, right.astype(np.float64, order="C"), right.shape[1]
+        self.scale, self.divisor = np.float32(scale), np.float32(divisor)
 
     def part(self, row: int, rows: int, column: int, columns: int) -> Floats:
         found = product(self.left[row : row + rows], self.right[:, column : column + columns])
         found *= self.scale
+        if self.divisor != 1:
+            found /= self.divisor
         return found
 
 

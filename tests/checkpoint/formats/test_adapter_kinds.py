@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.adapters import assert_is_merged, fill, make
+from helpers.adapters import Made, assert_is_merged, fill, make, reload
 from helpers.checkpoints import read_checkpoint
 from helpers.families import FAMILIES, Family
-from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, PeftModel, TrainableTokensConfig
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -96,6 +105,20 @@ KINDS: dict[str, tuple[Family, dict[str, Any]]] = {
             "target_modules": ["c_attn", "attn.c_proj", "mlp.c_proj"],
             "feedforward_modules": ["mlp.c_proj", "attn.c_proj"],
         },
+    ),
+    "adalora": (
+        FAMILIES["llama"],
+        {
+            "config": AdaLoraConfig,
+            "init_r": 6,
+            "lora_alpha": 5,
+            "total_step": 9,
+            "target_modules": ["q_proj", "up_proj"],
+        },
+    ),
+    "adalora of conv1d": (
+        FAMILIES["gpt2"],
+        {"config": AdaLoraConfig, "init_r": 3, "total_step": 9, "target_modules": ["c_attn", "attn.c_proj"]},
     ),
     "loha": (
         FAMILIES["llama"],
@@ -191,6 +214,7 @@ ODD = {
         "ia3",
         "loha",
         "lokr",
+        "adalora",
     ],
 )
 def test_tensors_of_odd_shapes_are_refused(kind: str, odd: str, tmp_path: Path) -> None:
@@ -203,6 +227,41 @@ def test_tensors_of_odd_shapes_are_refused(kind: str, odd: str, tmp_path: Path) 
         save_file({**good, key: ODD[odd]}, path)
         with pytest.raises(CheckpointError, match=re.escape(str(path))):
             _ = made.ours
+
+
+def test_adalora_after_it_dealt_out_its_ranks(tmp_path: Path) -> None:
+    """The layers end at other ranks than they began with, and are scaled by the first one."""
+    model = FAMILIES["llama"].build(1)
+    model.save_pretrained(tmp_path / "base")
+    config = AdaLoraConfig(
+        init_r=6,
+        target_r=3,
+        total_step=6,
+        tinit=1,
+        tfinal=1,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
+    trained: Any = get_peft_model(reload(model, tmp_path / "base", None), config)
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.01)
+    ids = torch.arange(10)[None]
+    for step in range(7):
+        trained(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        trained.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    trained.save_pretrained(str(tmp_path / "adapter"))
+    shapes = {
+        len(tensor)
+        for key, tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").items()
+        if "lora_A" in key
+    }
+    assert len(shapes) > 1
+    merged = PeftModel.from_pretrained(
+        reload(model, tmp_path / "base", None), str(tmp_path / "adapter")
+    ).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert_is_merged(Made(tmp_path / "base", tmp_path / "adapter", read_checkpoint(tmp_path / "merged"), tmp_path))
 
 
 TIED: dict[str, dict[str, Any]] = {
