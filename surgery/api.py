@@ -272,7 +272,7 @@ def auto(
         task, general: measures, as for `evaluate`; "self" is the divergence on text that pre writes.
         max_forgetting, min_retention: the limit, a share; with neither, the best trade-off is found.
         models: further candidates, by their names.
-        methods: that are tried; all of them that need no calibration by default.
+        methods: that are tried; by default all that need no calibration and are not slow.
         metric: of the task's files.
         limit: items of each measure at most, the first ones.
         seed: of the halves into which items are dealt.
@@ -290,7 +290,7 @@ def auto(
 
     goal = wanted(max_forgetting, min_retention)
     scoring = Scoring(task=_names(task), general=_names(general), metric=metric, limit=limit, **options)
-    tried = [method for method in default_methods(calibrated=False) if methods is None or method.name in methods]
+    tried = default_methods(methods)
     if not tried:
         raise OptionError(f"There is nothing to try. Choose `methods` from {', '.join(METHODS)}.")
     job = plan_pair(pair, tried[0])

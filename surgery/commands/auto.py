@@ -18,6 +18,7 @@ from surgery.commands.compare import Others
 from surgery.commands.shared import FORCE, Checks, Pair, Shown, with_norms
 from surgery.errors import OptionError, OutputError
 from surgery.evaluation.scoring import Scoring
+from surgery.methods import METHODS
 from surgery.option import chosen, declared_options, flag, option, united, value_of
 
 if TYPE_CHECKING:
@@ -162,10 +163,12 @@ def _candidates(
 
     norms = {name: getattr(text, name) for name in TEXT if getattr(text, name) is not None}
     calibrating = "calibration" in norms or "norms" in norms
-    methods = default_methods(calibrated=calibrating)
-    if searching.method is not None:
-        kinds = {named(name.strip()).name for name in searching.method.split(",")}
-        methods = [method for method in methods if method.name in kinds]
+    names = None if searching.method is None else [named(name.strip()).name for name in searching.method.split(",")]
+    methods = default_methods(names, calibrated=calibrating)
+    if not methods:
+        raise OptionError(
+            f"{names[0] if names else 'It'} needs a text, `calibration`, or norms that were kept, `norms`."
+        )
     job = prepare(
         pair.pre, pair.ft, methods[0], out=result.out, force=result.force, strict=checks.strict, label="surgery"
     )
@@ -189,6 +192,11 @@ def _candidates(
         found += averaged(job, line, out=job.out, allow_nonfinite=checks.allow_nonfinite)
     if not calibrating and searching.method is None:
         notes.append("wanda was not tried, since it needs a text: `calibration`.")
+    slow = [kind.name for kind in METHODS.values() if kind.slow]
+    if slow and searching.method is None:
+        notes.append(
+            f"{' and '.join(slow)} were not tried, since an edit takes longer than a score: name them with `method`."
+        )
     _, *there = open_subjects(pair.pre, pair.ft, others.checkpoints)
     return job, [*map(existing, there), *found], [*job.pair.notes, *notes]
 

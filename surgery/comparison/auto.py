@@ -244,9 +244,8 @@ class Search:
 
     def show_others(self) -> None:
         """Score the best of each method that has no finalist on the second half, as far as time and budget go."""
-        end = min(self.deadline, self.begun + BUDGET * self.one)
         for course in self._best():
-            if time.monotonic() + self.one / 2 > end:
+            if time.monotonic() + self.one / 2 > self.deadline or self.field.spent + 0.5 > BUDGET:
                 return
             self.field.prove(course)
 
@@ -260,7 +259,7 @@ class Search:
 
     def _tell(self, number: int, of: int, left: Sequence[Course], names: Names) -> None:
         standing = self.field.standing_of(left[0], names)
-        whole = min(self.deadline - self.begun, BUDGET * self.one)
+        left_over = (BUDGET - self.field.spent) * self.one
         self.tell(
             Round(
                 number,
@@ -271,7 +270,7 @@ class Search:
                 left[0].candidate.label,
                 1 - mean_drop(standing.lost)[0],
                 mean_drop(standing.forgot)[0],
-                max(0.0, whole - (time.monotonic() - self.begun)),
+                max(0.0, min(left_over, self.deadline - time.monotonic())),
             )
         )
 
@@ -303,7 +302,7 @@ class Search:
                 name: {"choose": len(self.field.halves.choose[name]), "prove": len(places)}
                 for name, places in prove.items()
             },
-            "evaluations": seconds / self.one if self.one > 0 else None,
+            "evaluations": self.field.spent,
             "candidates": [self._line(course) for course in self.field.courses.values()],
         }
         return made

@@ -3,6 +3,7 @@
     settings       each method over its own grids, the random ones with several seeds
     linear         a pruning method on attention and feed-forward alone, embedding and head staying ft's
     named          settings that a method names, such as the paper's ratios for different parts of the depth
+    by depth       a pruning method that prunes more towards one end of the model
     then averaged  what a pruning method leaves, averaged with pre
 
 Most of these wait: they are tried where a neighbour of theirs, which is tried at once, does well.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -28,12 +29,13 @@ from surgery.errors import OptionError
 from surgery.evaluation.subject import Subject, edited_subject
 from surgery.methods import METHODS, Hma, Method, parameters
 from surgery.methods.method import main_option
-from surgery.option import declared_options, value_of
+from surgery.option import build, declared_options, value_of
 
 SEEDS = (0, 1, 2)
 # Of a grid, those that are tried in a variant: enough to see whether the variant is worth more.
 THINNED = 3
 AVERAGED = (0.4, 0.2)
+TILT = 0.1  # from the middle of the model to an end
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,16 @@ def candidates(
     return found, list(notes)
 
 
-def default_methods(calibrated: bool) -> list[Method]:
-    """The settings of all methods.
+def default_methods(names: Collection[str] | None = None, *, calibrated: bool = False) -> list[Method]:
+    """The settings of all methods but the slow ones, or of those that are named.
 
     Args:
         calibrated: those that need input norms, too.
     """
     found: dict[str, Method] = {}
     for kind in METHODS.values():
-        if not kind.calibrated or calibrated:
+        wanted = not kind.slow if names is None else kind.name in names
+        if wanted and (not kind.calibrated or calibrated):
             found |= {label(method): method for method in _settings(kind)}
     return list(found.values())
 
@@ -140,8 +143,12 @@ def _settings(kind: type[Method]) -> Iterator[Method]:
     main = main_option(kind)
     for named in main.option.swept.named if main.option.swept else ():
         yield from settings(kind, {main.name: [named]})
-    if _prunes(kind) and "scope" in names:
+    if _prunes(kind) and "scope" in names and not kind.merges:
         yield from _thinned(settings(kind, fixed={"scope": "linear"}))
+        for method in _thinned(settings(kind)):
+            number = place(method)
+            lower, higher = max(round(number - TILT, 9), 0.0), min(round(number + TILT, 9), 1.0)
+            yield from (build(kind, {"depth": ends}) for ends in ((lower, higher), (higher, lower)))
 
 
 def _waiting(methods: Sequence[Method]) -> dict[str, tuple[str, ...]]:
@@ -165,6 +172,8 @@ def _is_plain(method: Method, first: Method) -> bool:
 
 def place(method: Method) -> float:
     """The main number of a setting, or the mean of several."""
+    if method.depth:
+        return fmean(method.depth)
     value = value_of(method, main_option(type(method)).name)
     return fmean(value) if isinstance(value, tuple) else float(value)
 

@@ -83,6 +83,7 @@ class Field:
     Attributes:
         pre, ft: their scores on all items.
         seconds: that it took to score ft.
+        spent: how many times one model was scored on all items, or as much on some.
         halves: of the items.
         courses: the candidates by label.
         proved: the scores of those that were measured on the second half.
@@ -105,7 +106,7 @@ class Field:
         self.pre = bench.score(subjects[0])
         begun = time.monotonic()
         self.ft = bench.score(subjects[1])
-        self.seconds = time.monotonic() - begun
+        self.seconds, self.spent = time.monotonic() - begun, 2.0
         self.halves = deal({name: len(scores.values) for name, scores in self.pre.scores.items()}, seed)
         self.courses = {candidate.label: Course(candidate) for candidate in candidates}
         self.proved = {FT: replace(self.ft, scores=cut(self.ft.scores, self.halves.prove))}
@@ -148,6 +149,7 @@ class Field:
                         course.why = f"has the weights of {same}"
                         continue
                     found = self.bench.score(subject, todo)
+                    self.spent += self._part(todo)
                 except CheckpointError as error:
                     course.why = str(error)
                     continue
@@ -162,7 +164,12 @@ class Field:
         label = course.candidate.label
         if label not in self.proved:
             self.proved[label] = self.bench.score(self.subject(course.candidate), self.halves.prove)
+            self.spent += self._part(self.halves.prove)
         return self.proved[label]
+
+    def _part(self, names: Names) -> float:
+        """How much of all items these are."""
+        return sum(map(len, names.values())) / sum(len(scores.values) for scores in self.pre.scores.values())
 
     def subject(self, candidate: Candidate, *, quick: bool = False) -> Subject:
         """A candidate, opened.

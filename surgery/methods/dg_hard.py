@@ -47,6 +47,7 @@ class DgHard(Method):
     0.7 GB for a side of 4,096.
     """
     about: ClassVar[str] = "DG-Hard, spectral shrinkage of the task vector (arXiv 2605.20296)"
+    slow: ClassVar[bool] = True
     scale: float = option(
         1.0,
         help="Factor of the threshold, 0 or more: a higher one leaves fewer singular values.",

@@ -50,6 +50,7 @@ class Intruder(Method):
     Gram matrices of the smaller side: 0.9 GB for a side of 4,096.
     """
     about: ClassVar[str] = "intruder dimensions scaled down (arXiv 2410.21228)"
+    slow: ClassVar[bool] = True
     factor: float = option(
         0.75,
         help="Factor of the change of an intruder's singular value, from 0 (as pre) to 1 (as ft).",

@@ -43,6 +43,7 @@ class Method:
         about: what it is and where from, for the model card.
         merges: it takes several fine-tuned models.
         calibrated: it needs input norms, which `surgery.calibrate` measures.
+        slow: an edit takes longer than to score a model on some items, so that a search tries it only where it is named.
     """
 
     name: ClassVar[str]
@@ -50,6 +51,7 @@ class Method:
     about: ClassVar[str]
     merges: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    slow: ClassVar[bool] = False
     depth: tuple[float, ...] = field(default=(), kw_only=True, metadata={"option": DEPTH})
 
     def label(self) -> str:
