@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -202,9 +202,15 @@ def as_csv(found: dict[str, Any]) -> bytes:
     """Return the rows as CSV in UTF-8, one line for each model; an unknown number is an empty field."""
     names = [measure["name"] for measure in found["measures"]]
     parts = ("value", "low", "high", "p")
+    turned = [name for name in names if any(name in row["transitions"] for row in found["rows"])]
     head = [*COLUMNS, *(f"{name}: {part}" for name in names for part in parts)]
+    head += [f"{name}: {part}" for name in turned for part in ("1→0", "0→1")]
     lines = (
-        [*(row[name] for name in COLUMNS), *(row["scores"][name][part] for name in names for part in parts)]
+        [
+            *(row[name] for name in COLUMNS),
+            *(row["scores"][name][part] for name in names for part in parts),
+            *(row["transitions"].get(name, {}).get(part) for name in turned for part in ("lost", "gained")),
+        ]
         for row in found["rows"]
     )
     return csv_lines([head, *lines])
@@ -235,6 +241,11 @@ def _row(plane: Plane, model: Scored, role: str) -> dict[str, Any]:
         "command": subject.command,
         "fingerprint": model.fingerprint,
         "scores": {name: _score(model, plane.ft, name, role) for name in model.scores},
+        "transitions": {
+            name: asdict(found)
+            for name in model.scores
+            if role != "pre" and (found := model.scores[name].transitions(plane.pre.scores[name]))
+        },
         "downstream": outcome.downstream,
         "retention": outcome.retention,
         "retention_low": retention[0],

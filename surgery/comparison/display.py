@@ -151,6 +151,11 @@ def _print(console: Terminal, document: dict[str, Any]) -> None:
     console.print(
         "± half of a 95% interval, bootstrapped over items.  ≈ a paired test cannot tell it from ft's (p > 0.05)."
     )
+    if document["kind"] == "compare" and any(row["transitions"] for row in document["rows"]):
+        console.print(_transitions(document))
+        console.print(
+            "1→0: of what pre got right, wrong now; 0→1: of what it got wrong, right. In brackets: by chance."
+        )
     print_notes(console, document["notes"])
     console.print(f"{len(document['rows'])} models in {duration(document['seconds'])}")
 
@@ -198,6 +203,15 @@ def _scores(document: dict[str, Any], width: int) -> Iterator[Table]:
         for place, row in enumerate(rows):
             table.add_row(_label(row), *(cells[measure["name"]][place] for measure in taken))
         yield table
+
+
+def _transitions(document: dict[str, Any]) -> Table:
+    table = new_table("Model", "Measure", "1→0", "0→1")
+    for row in document["rows"]:
+        for position, (name, found) in enumerate(row["transitions"].items()):
+            turned = (f"{share(found[key])} ({share(found[f'{key}_by_chance'])})" for key in ("lost", "gained"))
+            table.add_row("" if position else _label(row), _cut(name), *turned)
+    return table
 
 
 def _score(row: dict[str, Any], name: str) -> str:

@@ -87,6 +87,18 @@ class Scores:
         low, high = limits(self.resampled())
         return _shown(self.kind, low), _shown(self.kind, high)
 
+    def transitions(self, before: Scores) -> Transitions | None:
+        """How many items turned from right to wrong, and from wrong to right, since another model.
+
+        Returns:
+            None where an item of either is neither right nor wrong, or they are not of the same items.
+        """
+        both = np.concatenate([self.values, before.values])
+        if self.kind != "share" or len(self.values) != len(before.values) or not np.isin(both, (0.0, 1.0)).all():
+            return None
+        right, was = self.values == 1, before.values == 1
+        return Transitions(_share(~right[was]), _share(right[~was]), float(1 - right.mean()), float(right.mean()))
+
     def paired_p(self, other: Scores) -> float:
         """Two-sided p of a paired permutation test against another model's scores on the same items.
 
@@ -110,6 +122,27 @@ class Scores:
             signs = random.integers(0, 2, (min(step, FLIPS - start), len(differences)), dtype=np.int8)
             extreme += int((np.abs((2.0 * signs - 1.0) @ differences) >= least).sum())
         return (extreme + 1) / (FLIPS + 1)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """What a mean hides: items that were right and are wrong now (1→0), and the other way round (0→1; arXiv 2510.17776).
+
+    Attributes:
+        lost: of the items that the base model got right, the share that this one gets wrong; None where there is none.
+        gained: of those that it got wrong, the share that this one gets right, likewise.
+        lost_by_chance, gained_by_chance: what a model of this one's accuracy has whose right answers fall on items at random:
+            1 − its accuracy, and its accuracy.
+    """
+
+    lost: float | None
+    gained: float | None
+    lost_by_chance: float
+    gained_by_chance: float
+
+
+def _share(chosen: NDArray[np.bool_]) -> float | None:
+    return float(chosen.mean()) if len(chosen) else None
 
 
 def against(kind: Kind, mean: Any, reference: Any) -> Any:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from surgery.__main__ import main
 from surgery.comparison.compare import Plane, as_csv, compare, document, items_as_csv
+from surgery.comparison.display import as_text
 from surgery.errors import CheckpointError, OptionError, OutputError
 from surgery.evaluation.bench import Bench, Scored
 from surgery.evaluation.cache import Cache
@@ -70,6 +71,21 @@ def test_retention_and_forgetting_are_the_papers(base: Subject) -> None:
     assert plane.outcome(ft).retention == 1
     low, high = outcome.forgetting_interval or (0, 0)
     assert low < (outcome.forgetting or 0) < high
+
+
+def test_transitions_stand_beside_what_is_right_or_wrong(base: Subject) -> None:
+    task, one = Fixed("task", "loss", {}), Fixed("one", "share", {})
+    pre = scored("pre", base, task=("loss", [2.0, 2.0]), one=("share", [1, 1, 1, 0]))
+    ft = scored("ft", base, task=("loss", [1.0, 1.2]), one=("share", [1, 0, 0, 1]))
+    found = document(Plane(pre, ft, [task], [one]), [])
+    assert found["rows"][0]["transitions"] == {}
+    assert found["rows"][1]["transitions"] == {
+        "one": {"lost": pytest.approx(2 / 3), "gained": 1.0, "lost_by_chance": 0.5, "gained_by_chance": 0.5}
+    }
+    lines = list(csv.DictReader(io.StringIO(as_csv(found).decode())))
+    assert (lines[0]["one: 1→0"], lines[1]["one: 0→1"]) == ("", "1.0")
+    (row,) = (line.split() for line in as_text(found | {"seconds": 0.0}).splitlines() if "66.7%" in line)
+    assert row == ["ft", "one", "66.7%", "(50.0%)", "100.0%", "(50.0%)"]
 
 
 def test_a_loss_is_kept_by_its_likelihood(base: Subject) -> None:

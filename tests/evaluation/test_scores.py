@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from surgery.evaluation.scores import Kind, Scores, against, digest
+from surgery.evaluation.scores import Kind, Scores, Transitions, against, digest
 
 
 def scores(values: list[float], weights: list[float] | None = None, kind: Kind = "share") -> Scores:
@@ -115,3 +115,35 @@ def test_one_scale_for_all_kinds() -> None:
 def test_a_digest_is_of_the_content_alone() -> None:
     assert digest([{"a": 1, "b": "ä"}]) == digest([{"b": "ä", "a": 1}])
     assert digest([{"a": 1}, {"b": 2}]) != digest([{"b": 2}, {"a": 1}])
+
+
+def shares(*values: float) -> Scores:
+    return Scores("share", np.array(values, np.float64), np.ones(len(values)))
+
+
+def test_transitions_count_what_turned() -> None:
+    before, after = shares(1, 1, 1, 0, 0), shares(1, 0, 0, 1, 0)
+    found = after.transitions(before)
+    assert found is not None
+    assert found.lost == pytest.approx(2 / 3)
+    assert found.gained == 0.5
+    assert found.lost_by_chance == pytest.approx(0.6)
+    assert found.gained_by_chance == pytest.approx(0.4)
+    assert shares(1, 0).transitions(shares(1, 1)) == Transitions(0.5, None, 0.5, 0.5)
+
+
+def test_what_is_neither_right_nor_wrong_has_no_transitions() -> None:
+    assert shares(0.5, 1).transitions(shares(1, 1)) is None
+    assert shares(1).transitions(shares(1, 1)) is None
+    loss = Scores("loss", np.ones(2), np.ones(2))
+    assert loss.transitions(loss) is None
+
+
+def test_chance_is_what_shuffled_answers_give() -> None:
+    random = np.random.default_rng(0)
+    before = shares(*(random.random(4000) < 0.7))
+    after = shares(*random.permutation(np.arange(4000) < 1200))
+    found = after.transitions(before)
+    assert found is not None
+    assert found.lost == pytest.approx(found.lost_by_chance, abs=0.03)
+    assert found.gained == pytest.approx(found.gained_by_chance, abs=0.03)

@@ -67,6 +67,7 @@ def row(
         "command": ["surgery", method, "--pre", "pre", "--ft", "ft", "--out", f"out/{label}"] if method else None,
         "fingerprint": hashlib.sha256(label.encode()).hexdigest(),
         "scores": scores,
+        "transitions": {},
         "downstream": task,
         "retention": retention,
         "average": 0.9 - forgetting,
