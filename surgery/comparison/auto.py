@@ -22,7 +22,7 @@ from surgery.comparison.compare import Plane, document
 from surgery.comparison.field import FT, Course, Field, Names, Scorer, cut
 from surgery.comparison.proof import LEVEL, Drop, certify, mean_drop, p_beyond
 from surgery.comparison.race import FINALISTS, Goal, Standing, rounds, sift
-from surgery.comparison.verdict import failure, success
+from surgery.comparison.verdict import failure, power_note, success
 from surgery.errors import CheckpointError, OptionError
 from surgery.evaluation.scores import Measure
 from surgery.evaluation.subject import Subject
@@ -80,7 +80,7 @@ def auto(
     seconds: float | None = None,
     command: Sequence[str] = (),
     notes: Sequence[str] = (),
-    tell: Callable[[Round], None] = lambda _: None,
+    tell: Callable[[Round | str], None] = lambda _: None,
 ) -> Found:
     """Let candidates race, and prove the best.
 
@@ -92,7 +92,7 @@ def auto(
         seconds: that all may take; the race ends in time for the proof.
         command: what the user typed.
         notes: to be shown with the result.
-        tell: called after each round.
+        tell: called after each round; before the first with a sentence, where there are too few items for the limit.
 
     Raises:
         OptionError: ft is no better than pre on the task and there is no limit, or there are too few items.
@@ -101,6 +101,9 @@ def auto(
     """
     search = Search(subjects, candidates, tasks, general, bench, goal, seed, seconds, tell)
     winner: Course | None = None
+    if too_few := search.too_few():
+        tell(too_few)
+        notes = [*notes, too_few]
     try:
         winner = search.prove(search.race())
     except KeyboardInterrupt:
@@ -128,7 +131,7 @@ class Search:
         goal: Goal,
         seed: int,
         seconds: float | None,
-        tell: Callable[[Round], None],
+        tell: Callable[[Round | str], None],
     ) -> None:
         self.goal, self.tell, self.begun = goal, tell, time.monotonic()
         self.field = Field(subjects, candidates, tasks, general, bench, seed)
@@ -157,6 +160,12 @@ class Search:
                 "metric are those of the fine-tuned task."
             )
         return lost, forgot
+
+    def too_few(self) -> str | None:
+        """A sentence where there are too few items for the limit."""
+        halves = self.field.halves
+        ft = self.field.standing(cut(self.field.ft.scores, halves.choose), halves.choose)
+        return power_note(self.goal, ft.forgot, min(len(halves.prove[one.name]) for one in self.field.general))
 
     def race(self) -> list[Course]:
         """The finalists, which have seen all items of the first half, the best first."""

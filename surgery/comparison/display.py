@@ -55,7 +55,7 @@ def scoring_progress(models: int | None) -> Iterator[Observe]:
 
 
 @contextmanager
-def race_progress() -> Iterator[tuple[Observe, Callable[[Round], None]]]:
+def race_progress() -> Iterator[tuple[Observe, Callable[[Round | str], None]]]:
     """Show a race on standard error: a line for each round, and below them a progress bar on a terminal.
 
     Yields:
@@ -68,7 +68,10 @@ def race_progress() -> Iterator[tuple[Observe, Callable[[Round], None]]]:
         def observe(label: str, measure: str, done: int, total: int) -> None:
             bar.update(task, description=f"{label[:LABEL]}: {measure[:LABEL]}", completed=done, total=total or None)
 
-        def tell(now: Round) -> None:
+        def tell(now: Round | str) -> None:
+            if isinstance(now, str):
+                bar.console.print(f"Note: {now}")
+                return
             if not told:
                 bar.console.print(
                     f"{'Round':7}{'Left':>9}{'Items':>8}  {'Ahead':{LABEL}}{'Kept':>8}{'Forgot':>9}  To go"
