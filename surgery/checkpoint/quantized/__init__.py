@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.formats.format import Opened, plain
-from surgery.checkpoint.quantized import bitsandbytes, compressed_tensors, fp8, mxfp4
+from surgery.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from surgery.checkpoint.quantized.stored import Made, Stored
 from surgery.checkpoint.tensor import Tensor
 from surgery.errors import CheckpointError
@@ -26,6 +26,8 @@ SCHEMES: dict[str, Callable[[Stored], Made]] = {
     "mxfp4": mxfp4.read,
     "compressed-tensors": compressed_tensors.read,
     "bitsandbytes": bitsandbytes.read,
+    "gptq": gptq.read,
+    "awq": awq.read,
 }
 TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
