@@ -191,11 +191,11 @@ def _candidates(
     if searching.method is None:
         found += averaged(job, line, out=job.out, allow_nonfinite=checks.allow_nonfinite)
     if not calibrating and searching.method is None:
-        notes.append("wanda was not tried, since it needs a text: `calibration`.")
+        notes.append("wanda was not tried, since it needs a text: --calibration.")
     slow = [kind.name for kind in METHODS.values() if kind.slow]
     if slow and searching.method is None:
         notes.append(
-            f"{' and '.join(slow)} were not tried, since an edit takes longer than a score: name them with `method`."
+            f"{' and '.join(slow)} were not tried, since an edit takes longer than a score: name them with --method."
         )
     _, *there = open_subjects(pair.pre, pair.ft, others.checkpoints)
     return job, [*map(existing, there), *found], [*job.pair.notes, *notes]

@@ -156,7 +156,7 @@ def test_a_dry_run_lists_what_would_be_tried(root: Path, tmp_path: Path, capsys:
     for name in METHODS:
         assert f" {name} " in printed or METHODS[name].calibrated or METHODS[name].slow
     assert "dg-hard and intruder were not tried" in " ".join(printed.split())
-    assert "wanda was not tried, since it needs a text" in printed
+    assert "wanda was not tried, since it needs a text: --calibration" in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 80
     assert not (tmp_path / "best").exists()
 
