@@ -135,7 +135,6 @@ class Search:
     ) -> None:
         self.goal, self.tell, self.begun = goal, tell, time.monotonic()
         self.field = Field(subjects, candidates, tasks, general, bench, seed)
-        self.one = self.field.seconds
         self.deadline = math.inf if seconds is None else self.begun + seconds
         self.tests: list[tuple[str, float]] = []
         self.order: list[str] = []
@@ -195,7 +194,7 @@ class Search:
 
     def _late(self) -> bool:
         """Whether what is left of the time is for the proof."""
-        return time.monotonic() + FINALISTS / 2 * self.one > self.deadline
+        return time.monotonic() + FINALISTS / 2 * self.field.seconds > self.deadline
 
     def _sift(self, left: Sequence[Course], names: Names, number: int, keep: int) -> list[Course]:
         """Those that go on, the best first."""
@@ -254,7 +253,7 @@ class Search:
     def show_others(self) -> None:
         """Score the best of each method that has no finalist on the second half, as far as time and budget go."""
         for course in self._best():
-            if time.monotonic() + self.one / 2 > self.deadline or self.field.spent + 0.5 > BUDGET:
+            if time.monotonic() + self.field.seconds / 2 > self.deadline or self.field.spent + 0.5 > BUDGET:
                 return
             self.field.prove(course)
 
@@ -268,7 +267,7 @@ class Search:
 
     def _tell(self, number: int, of: int, left: Sequence[Course], names: Names) -> None:
         standing = self.field.standing_of(left[0], names)
-        left_over = (BUDGET - self.field.spent) * self.one
+        left_over = (BUDGET - self.field.spent) * self.field.seconds
         self.tell(
             Round(
                 number,
