@@ -137,6 +137,8 @@ def _auto(
         folder = _default_folder(job, inputs, found)
     show(found.document, folder, as_json=shown.as_json)
     if found.document["stopped"]:
+        if not shown.as_json:
+            say(about["sentence"])
         raise KeyboardInterrupt
     if found.winner is None:
         raise OptionError(about["sentence"])

@@ -135,6 +135,19 @@ def test_nothing_within_the_limit_writes_nothing(
     assert (tmp_path / "best-report" / "race.svg").exists()
 
 
+def test_ctrl_c_says_how_the_race_stood_and_writes_nothing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("surgery.comparison.auto.Search.prove", stop)
+    assert run(root, *options(root, tmp_path), "--max-forgetting", "0.2", "--method", "hma") == 130
+    printed = capsys.readouterr()
+    assert "It was stopped before anything was proved, and nothing was written. Ahead was hma" in printed.out
+    assert not (tmp_path / "best").exists()
+
+
 def test_a_further_checkpoint_may_win(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     perfect = tmp_path / "perfect"
     perfect.mkdir()
