@@ -64,21 +64,22 @@ def race_progress() -> Iterator[tuple[Observe, Callable[[Round | str], None]]]:
     with new_progress() as bar:
         task = bar.add_task("", total=None)
         told: list[Round] = []
+        console = bar.console
 
         def observe(label: str, measure: str, done: int, total: int) -> None:
             bar.update(task, description=f"{label[:LABEL]}: {measure[:LABEL]}", completed=done, total=total or None)
 
         def tell(now: Round | str) -> None:
             if isinstance(now, str):
-                bar.console.print(f"Note: {now}")
+                console.print(f"Note: {now}")
                 return
             if not told:
-                bar.console.print(
+                console.print(
                     f"{'Round':7}{'Left':>9}{'Items':>8}  {'Ahead':{LABEL}}{'Kept':>8}{'Forgot':>9}  To go"
                 )
             told.append(now)
             left = f"{now.left} of {now.candidates}"
-            bar.console.print(
+            console.print(
                 f"{f'{now.number} of {now.of}':7}{left:>9}{now.items:>8,}  {_cut(now.leader):{LABEL}}{share(now.kept):>8}"
                 f"{share(now.forgot, 2):>9}  {duration(now.seconds)}",
                 soft_wrap=True,
