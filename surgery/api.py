@@ -284,7 +284,7 @@ def auto(
         SurgeryError: a model cannot be opened, or pre, ft or a measure is not as it should be.
     """
     from surgery.comparison.auto import auto as search
-    from surgery.comparison.candidates import averaged, candidates, default_methods, existing
+    from surgery.comparison.candidates import averaged, candidates, default_methods, existing, untried
     from surgery.comparison.grid import command_words
     from surgery.comparison.race import wanted
 
@@ -301,6 +301,7 @@ def auto(
     found, notes = candidates(job, tried, line)
     if methods is None:
         found += averaged(job, line, out=job.out)
+        notes += untried(calibrated=False)
     subjects = [base_subject(pair.pre), tuned_subject(pair)]
     there = [_subject(model, pair.pre, label) for label, model in (models or {}).items()]
     tasks, measures = scoring.measures()

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from surgery.calibrate.options import Calibration
-from surgery.commands.builder import command
+from surgery.commands.builder import command, with_flags
 from surgery.commands.compare import Others
-from surgery.commands.shared import FORCE, Checks, Pair, Shown, with_norms
+from surgery.commands.shared import FORCE, Checks, Limits, Pair, Shown, with_norms
 from surgery.errors import OptionError, OutputError
 from surgery.evaluation.scoring import Scoring
 from surgery.methods import METHODS
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from surgery.editing.job import Job
     from surgery.methods import Method
 
-GOAL, OUTPUT, SEARCH = "Goal", "Output", "Search"
+OUTPUT, SEARCH = "Output", "Search"
 TEXT = ("calibration", "samples", "norms")
 UNITS = {"s": 1, "m": 60, "h": 3600, "": 60}
 
@@ -38,20 +38,6 @@ def _seconds(text: str) -> float:
     if not found:
         raise ValueError(f"takes a time such as 90s, 30m or 2h, not {text!r}.")
     return float(found[1]) * UNITS[found[2]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the winner has to be."""
-
-    max_forgetting: float | None = option(
-        None,
-        help="How far the general score may fall below pre's: 0.01 is a point of accuracy, or one percent of likelihood.",
-        panel=GOAL,
-    )
-    min_retention: float | None = option(
-        None, help="The share of ft's task score that is kept at least, such as 0.99.", panel=GOAL
-    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +144,7 @@ def _candidates(
     Raises:
         SurgeryError: something can be refused before working.
     """
-    from surgery.comparison.candidates import averaged, candidates, default_methods, existing
+    from surgery.comparison.candidates import averaged, candidates, default_methods, existing, untried
     from surgery.comparison.grid import command_words, named
     from surgery.editing.job import prepare
     from surgery.evaluation.subject import open_subjects
@@ -166,11 +152,10 @@ def _candidates(
     norms = {name: getattr(text, name) for name in TEXT if getattr(text, name) is not None}
     calibrating = "calibration" in norms or "norms" in norms
     names = None if searching.method is None else [named(name.strip()).name for name in searching.method.split(",")]
+    unready = [name for name in names or () if METHODS[name].calibrated and not calibrating]
+    if unready:
+        raise OptionError(f"{unready[0]} needs a text, `calibration`, or norms that were kept, `norms`.")
     methods = default_methods(names, calibrated=calibrating)
-    if not methods:
-        raise OptionError(
-            f"{names[0] if names else 'It'} needs a text, `calibration`, or norms that were kept, `norms`."
-        )
     job = prepare(
         pair.pre, pair.ft, methods[0], out=result.out, force=result.force, strict=checks.strict, label="surgery"
     )
@@ -190,15 +175,9 @@ def _candidates(
                 normed, **{one.name: value_of(method, one.name) for one in declared_options(type(method))}
             )
     found, notes = candidates(job, methods, line, calibrated=ready, allow_nonfinite=checks.allow_nonfinite)
-    if searching.method is None:
+    if names is None:
         found += averaged(job, line, out=job.out, allow_nonfinite=checks.allow_nonfinite)
-    if not calibrating and searching.method is None:
-        notes.append("wanda was not tried, since it needs a text: --calibration.")
-    slow = [kind.name for kind in METHODS.values() if kind.slow]
-    if slow and searching.method is None:
-        notes.append(
-            f"{' and '.join(slow)} were not tried, since an edit takes longer than a score: name them with --method."
-        )
+        notes += map(with_flags, untried(calibrated=calibrating))
     _, *there = open_subjects(pair.pre, pair.ft, others.checkpoints)
     return job, [*map(existing, there), *found], [*job.pair.notes, *notes]
 

@@ -12,7 +12,6 @@ from typing import Any
 import typer
 
 from surgery.commands.builder import command
-from surgery.display import say
 from surgery.errors import SurgeryError
 from surgery.option import option
 
@@ -38,7 +37,7 @@ def register(app: typer.Typer) -> None:
 def _demo(asked: Demo) -> None:
     """Train a small model, fine-tune it until it forgets, repair it with each method, and show what was measured.
 
-    Ends with a search for the best repair. Offline, in about four minutes. Needs pip install 'model-surgery\\[demo,eval]'.
+    Ends with a search for the best repair. Offline, in about seven minutes. Needs pip install 'model-surgery\\[demo,eval]'.
     """
     from surgery.demo.run import demo
     from surgery.display import new_console
@@ -49,6 +48,8 @@ def _demo(asked: Demo) -> None:
 
 def _search(out: Path) -> None:
     """Find the best trade-off on the demo's questions, by the command that anybody would type."""
+    from surgery.display import say
+
     words = ["auto", "--pre", str(out / "pre"), "--ft", str(out / "ft"), "--out", str(out / "best")]
     words += ["--task", str(out / "skills/pairs.jsonl"), "--general", str(out / "skills/general"), "--batch-size", "64"]
     say("", "Which repair is the best trade-off? Half of the questions choose, and half prove:")

@@ -10,12 +10,14 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from surgery.commands.shared import Limits
 from surgery.errors import OptionError
 from surgery.evaluation.scoring import Scoring
 from surgery.methods import Hma, Method
 from surgery.option import chosen, declared_options, flag, option
 
 if TYPE_CHECKING:
+    from surgery.comparison.race import Goal
     from surgery.editing.job import Job
 
 AUTO = "auto"
@@ -25,17 +27,6 @@ SHIFTS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # of a part's ratio from the mean
 BESIDE = 0.9  # what is planned before the search, which refuses what a sparsity does not change
 WITH_AUTO, WITH_OPTIMIZE = "With --sparsity auto", "With --optimize"
 SCORED = ("task", "general", "limit", "cache")
-
-
-@dataclass(frozen=True)
-class Limited:
-    """What a sparsity that is searched for has to meet."""
-
-    max_forgetting: float | None = option(
-        None,
-        help="How far the general score may fall below pre's: 0.01 is a point of accuracy, or one percent of likelihood.",
-        panel=WITH_AUTO,
-    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,8 @@ def parts(method: type[Method]) -> list[type]:
     """The options of a method's search, if it has one."""
     if method is Hma:
         return [Optimize, chosen(Scoring, SCORED, panel=WITH_OPTIMIZE)]
-    return [chosen(Scoring, SCORED, panel=WITH_AUTO), Limited] if _has_sparsity(method) else []
+    limit = chosen(Limits, ["max_forgetting"], panel=WITH_AUTO)
+    return [chosen(Scoring, SCORED, panel=WITH_AUTO), limit] if _has_sparsity(method) else []
 
 
 def words(method: type[Method]) -> dict[str, dict[str, Any]]:
@@ -93,8 +85,7 @@ def asked(method: type[Method], values: dict[str, Any]) -> str | None:
     _check(values, (*SCORED, "max_forgetting"), auto, "`sparsity` auto", needed)
     if not auto:
         return None
-    if not 0 <= values["max_forgetting"] <= 1:
-        raise OptionError(f"`max_forgetting` must be a share, such as 0.01, not {values['max_forgetting']}.")
+    _goal(values)
     values["sparsity"] = BESIDE
     return f"{method.name}-{AUTO}"
 
@@ -120,7 +111,6 @@ def found(job: Job, values: Mapping[str, Any], device: str, allow_nonfinite: boo
     from surgery.comparison.auto import auto
     from surgery.comparison.candidates import candidates
     from surgery.comparison.display import race_progress
-    from surgery.comparison.race import wanted
     from surgery.evaluation.subject import open_subjects
 
     scoring, tasks, general = scored
@@ -128,7 +118,7 @@ def found(job: Job, values: Mapping[str, Any], device: str, allow_nonfinite: boo
     tried, _ = candidates(
         job, _tried(job.method, values), partial(_command, type(job.method)), allow_nonfinite=allow_nonfinite
     )
-    goal = wanted(values.get("max_forgetting"), None)
+    goal = _goal(values)
     with race_progress() as (observe, tell), scoring.bench([*tasks, *general], observe) as bench:
         made = auto(subjects, tried, tasks, general, bench, goal, tell=tell)
     if made.document["stopped"]:
@@ -139,6 +129,17 @@ def found(job: Job, values: Mapping[str, Any], device: str, allow_nonfinite: boo
     best = made.winner.job()
     best.pair.notes.extend([sentence, f"Without the search: {shlex.join(made.winner.commands[0])}"])
     return best
+
+
+def _goal(values: Mapping[str, Any]) -> Goal:
+    """What the search has to meet.
+
+    Raises:
+        OptionError: the limit is no share.
+    """
+    from surgery.comparison.race import wanted
+
+    return wanted(values.get("max_forgetting"), None)
 
 
 def _tried(method: Method, values: Mapping[str, Any]) -> list[Method]:

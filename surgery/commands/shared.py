@@ -39,6 +39,20 @@ class Models:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What the winner has to be."""
+
+    max_forgetting: float | None = option(
+        None,
+        help="How far the general score may fall below pre's: 0.01 is a point of accuracy, or one percent of likelihood.",
+        panel="Goal",
+    )
+    min_retention: float | None = option(
+        None, help="The share of ft's task score that is kept at least, such as 0.99.", panel="Goal"
+    )
+
+
+@dataclass(frozen=True)
 class Checks:
     """What an edit is to let pass."""
 

@@ -99,7 +99,9 @@ def auto(
         SurgeryError: pre or ft cannot be scored.
         KeyboardInterrupt: Ctrl-C before pre and ft were done.
     """
-    search = Search(subjects, candidates, tasks, general, bench, goal, seed, seconds, tell)
+    begun = time.monotonic()
+    field = Field(subjects, candidates, tasks, general, bench, seed)
+    search = Search(field, goal, begun, math.inf if seconds is None else begun + seconds, tell)
     winner: Course | None = None
     if too_few := search.too_few():
         tell(too_few)
@@ -117,25 +119,26 @@ def auto(
 class Search:
     """One run of `auto`; see there.
 
+    Args:
+        field: the candidates.
+        begun, deadline: when the run began, and when it has to end, by the monotonic clock.
+
     Attributes:
         stopped: it was interrupted, so that nothing is proved.
+
+    Raises:
+        OptionError: there is no limit, and ft is no better than pre on the task.
     """
 
     def __init__(
         self,
-        subjects: Sequence[Subject],
-        candidates: Sequence[Candidate],
-        tasks: Sequence[Measure],
-        general: Sequence[Measure],
-        bench: Scorer,
+        field: Field,
         goal: Goal,
-        seed: int,
-        seconds: float | None,
-        tell: Callable[[Round | str], None],
+        begun: float = 0.0,
+        deadline: float = math.inf,
+        tell: Callable[[Round | str], None] = lambda _: None,
     ) -> None:
-        self.goal, self.tell, self.begun = goal, tell, time.monotonic()
-        self.field = Field(subjects, candidates, tasks, general, bench, seed)
-        self.deadline = math.inf if seconds is None else self.begun + seconds
+        self.field, self.goal, self.begun, self.deadline, self.tell = field, goal, begun, deadline, tell
         self.tests: list[tuple[str, float]] = []
         self.order: list[str] = []
         self.stopped = False
@@ -223,23 +226,18 @@ class Search:
             label: self.goal.merit(mean_drop(held.lost)[0], mean_drop(held.forgot)[0], self.scale)
             for label, held in standings.items()
         }
-        if self.goal.limit == "knee":
-            best = max(merits, key=merits.__getitem__)
-            self.field.prove(self.field.courses[best])
-            for course in finalists:
-                self.field.prove(course)
-            return self.field.courses[best]
-        self.order = sorted(standings, key=lambda label: self._safety(standings[label]), reverse=True)
-        passed, values = certify(self.order, self._p)
-        self.tests = list(zip(self.order, values, strict=False))
         for course in finalists:
             self.field.prove(course)
+        passed = list(standings)
+        if self.goal.limit != "knee":
+            self.order = sorted(standings, key=lambda label: self._safety(standings[label]), reverse=True)
+            passed, values = certify(self.order, self._p)
+            self.tests = list(zip(self.order, values, strict=False))
         return self.field.courses[max(passed, key=merits.__getitem__)] if passed else None
 
     def _p(self, label: str) -> float:
         """The p-value of the hypothesis that a finalist is beyond the limit, on the second half."""
-        standing = self.field.standing(self.field.prove(self.field.courses[label]).scores, self.field.halves.prove)
-        return p_beyond(self._limited(standing), self.goal.most)
+        return p_beyond(self._limited(self.field.proved_standing(self.field.courses[label])), self.goal.most)
 
     def _safety(self, standing: Standing) -> tuple[bool, float]:
         """What the safest has most of: being within the limit, by most standard errors; beyond it, the smallest excess."""
@@ -342,7 +340,7 @@ class Search:
             return self._stopped()
         if winner is None:
             label, p = self.tests[0]
-            standing = self.field.standing(self.field.proved[label].scores, self.field.halves.prove)
+            standing = self.field.proved_standing(self.field.courses[label])
             return failure(self.goal, label, p, self._limited(standing))
         label = winner.candidate.label
         row = next(row for row in rows if row["label"] == label)

@@ -110,6 +110,17 @@ def default_methods(names: Collection[str] | None = None, *, calibrated: bool = 
     return list(found.values())
 
 
+def untried(*, calibrated: bool) -> list[str]:
+    """Sentences about the methods that `default_methods` leaves out."""
+    found = []
+    for kind in METHODS.values():
+        if kind.calibrated and not calibrated:
+            found.append(f"{kind.name} was not tried, since it needs a text: `calibration`.")
+        elif kind.slow:
+            found.append(f"{kind.name} was not tried, since an edit takes longer than a score: name it with `method`.")
+    return found
+
+
 def averaged(
     job: Job, command: Callable[[Method], Sequence[str]], *, out: Path, allow_nonfinite: bool = False
 ) -> list[Candidate]:

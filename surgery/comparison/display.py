@@ -74,9 +74,7 @@ def race_progress() -> Iterator[tuple[Observe, Callable[[Round | str], None]]]:
                 console.print(f"Note: {now}")
                 return
             if not told:
-                console.print(
-                    f"{'Round':7}{'Left':>9}{'Items':>8}  {'Ahead':{LABEL}}{'Kept':>8}{'Forgot':>9}  To go"
-                )
+                console.print(f"{'Round':7}{'Left':>9}{'Items':>8}  {'Ahead':{LABEL}}{'Kept':>8}{'Forgot':>9}  To go")
             told.append(now)
             left = f"{now.left} of {now.candidates}"
             console.print(

@@ -105,7 +105,7 @@ class Field:
         self.pre = bench.score(subjects[0])
         begun = time.monotonic()
         self.ft = bench.score(subjects[1])
-        self._alone, self._busy, self.spent = time.monotonic() - begun, 0.0, 2.0
+        self._alone, self._busy, self._raced, self.spent = time.monotonic() - begun, 0.0, 0.0, 2.0
         self.halves = deal({name: len(scores.values) for name, scores in self.pre.scores.items()}, seed)
         self.courses = {candidate.label: Course(candidate) for candidate in candidates}
         self.proved = {FT: replace(self.ft, scores=cut(self.ft.scores, self.halves.prove))}
@@ -149,8 +149,9 @@ class Field:
                         course.why = f"has the weights of {same}"
                         continue
                     found = self.bench.score(subject, todo)
-                    self.spent += self._part(todo)
                     self._busy += time.monotonic() - begun
+                    self._raced += self._part(todo)
+                    self.spent += self._part(todo)
                 except CheckpointError as error:
                     course.why = str(error)
                     continue
@@ -171,8 +172,7 @@ class Field:
     @property
     def seconds(self) -> float:
         """What it takes to score one model on all items, from what was seen so far: ft's scores may have been kept."""
-        raced = self.spent - 2 - sum(label != FT for label in self.proved) / 2
-        return max(self._alone, self._busy / raced) if raced > 0 else self._alone
+        return max(self._alone, self._busy / self._raced) if self._raced else self._alone
 
     def _part(self, names: Names) -> float:
         """How much of all items these are."""
@@ -203,24 +203,35 @@ class Field:
 
     def standing_of(self, course: Course, names: Names) -> Standing:
         """Where a candidate stands on the first items of the first half."""
-        cut = {name: scores.at(range(len(names[name]))) for name, scores in course.seen.items()}
-        return replace(self.standing(cut, names), line=course.candidate.line, place=course.candidate.place)
+        own = {name: scores.at(range(len(names[name]))) for name, scores in course.seen.items()}
+        return replace(self.standing(own, names), line=course.candidate.line, place=course.candidate.place)
+
+    def proved_standing(self, course: Course) -> Standing:
+        """Where a candidate stands on the second half."""
+        own, prove = self.prove(course).scores, self.halves.prove
+        lost = [
+            Drop.between(own[one.name], self.ft.scores[one.name].at(prove[one.name]), relative=True)
+            for one in self.tasks
+        ]
+        return Standing(lost, self._forgot(own, prove))
 
     def standing(self, own: Mapping[str, Scores], names: Names) -> Standing:
-        """Where a model stands on some items, of which its scores are."""
-        ft, pre = cut(self.ft.scores, names), cut(self.pre.scores, names)
+        """Where a model stands on some items of the first half, of which its scores are."""
         return Standing(
-            [self._lost(one, own[one.name], ft[one.name], names) for one in self.tasks],
-            [Drop.between(own[one.name], pre[one.name]) for one in self.general],
+            [self._lost(one, own[one.name], names[one.name]) for one in self.tasks], self._forgot(own, names)
         )
 
-    def _lost(self, task: Measure, own: Scores, ft: Scores, names: Names) -> Drop:
-        """What a model lost of ft's score on a task, as a share of it.
+    def _forgot(self, own: Mapping[str, Scores], names: Names) -> list[Drop]:
+        return [Drop.between(own[one.name], self.pre.scores[one.name].at(names[one.name])) for one in self.general]
 
-        In the race, of what ft scores on the whole half: on a few items it may have nothing right.
+    def _lost(self, task: Measure, own: Scores, places: Sequence[int]) -> Drop:
+        """What a model lost of ft's score on a task, as a share of what ft scores on the whole first half.
+
+        On a few items ft may have nothing right.
         """
-        if task.kind != "share" or names is self.halves.prove:
-            return Drop.between(own, ft, relative=True)
+        ft = self.ft.scores[task.name].at(places)
+        if task.kind != "share":
+            return Drop.between(own, ft)
         whole = self.ft.scores[task.name].at(self.halves.choose[task.name]).mean
         return Drop.between(replace(own, values=own.values / whole), replace(ft, values=ft.values / whole))
 

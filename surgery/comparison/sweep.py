@@ -121,7 +121,7 @@ def sweep(
     command: Sequence[str] = (),
     observe: Observe = lambda *_: None,
 ) -> Swept:
-    """Score settings, all of them or those that a choice takes.
+    """Score settings.
 
     Args:
         groups: the settings of each method, along its main number; rows come in this order, whatever order they are tried in.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -109,12 +110,8 @@ class Bench:
             SurgeryError: it cannot be scored.
         """
         surroundings = subject.surroundings()
-        try:
+        with self._naming(subject, surroundings):
             return self._score(subject, surroundings, only)
-        except SurgeryError as error:
-            # What transformers reads is laid out in a folder of ours, of which nobody knows, and which is gone by then.
-            error.args = (subject.named(str(error), self._laid_out(surroundings)),)
-            raise
 
     def fingerprint(self, subject: Subject) -> str:
         """The fingerprint of a model's weights, which may be read into memory for it, and are scored there next.
@@ -122,7 +119,18 @@ class Bench:
         Raises:
             SurgeryError: they cannot be read.
         """
-        return self._fingerprint(subject, subject.surroundings())
+        surroundings = subject.surroundings()
+        with self._naming(subject, surroundings):
+            return self._fingerprint(subject, surroundings)
+
+    @contextmanager
+    def _naming(self, subject: Subject, surroundings: str) -> Iterator[None]:
+        """Inside, errors name the user's files: what transformers reads lies in a folder of ours, which is gone by then."""
+        try:
+            yield
+        except SurgeryError as error:
+            error.args = (subject.named(str(error), self._laid_out(surroundings)),)
+            raise
 
     def _score(self, subject: Subject, surroundings: str, only: Mapping[str, Sequence[int]] | None) -> Scored:
         self.observe(subject.label, "reading", 0, 0)
@@ -199,6 +207,7 @@ class Bench:
             )
             self._surroundings = surroundings
         elif self._held is not subject and self._model.fingerprint != fingerprint:
+            self._held = None  # whose weights are let go of, should these not load
             self._model.load(subject.checkpoint)
         self._held = subject
         if fingerprint is not None and self._model.fingerprint != fingerprint:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import pytest
 
 from surgery.comparison.auto import Search
 from surgery.comparison.candidates import Candidate
-from surgery.comparison.field import deal
+from surgery.comparison.field import Field, deal
 from surgery.comparison.proof import Drop
 from surgery.comparison.race import Goal
 from surgery.comparison.verdict import failure, power_note
@@ -78,17 +80,10 @@ def candidates(truth: Mapping[str, tuple[float, float]]) -> list[Candidate]:
 
 def search(truth: Mapping[str, tuple[float, float]], goal: Goal, **options: Any) -> Search:
     bench: Any = options.pop("bench", None) or Bench(truth, options.pop("noise", 0), options.pop("count", COUNT))
-    return Search(
-        [subject("pre"), subject("ft")],
-        candidates(truth),
-        [TASK],
-        [GENERAL],
-        bench,
-        goal,
-        options.pop("seed", 0),
-        options.pop("seconds", None),
-        lambda _: None,
-    )
+    begun, seconds = time.monotonic(), options.pop("seconds", None)
+    ends = [subject("pre"), subject("ft")]
+    field = Field(ends, candidates(truth), [TASK], [GENERAL], bench, options.pop("seed", 0))
+    return Search(field, goal, begun, math.inf if seconds is None else begun + seconds)
 
 
 def field_of(count: int = 20) -> dict[str, tuple[float, float]]:
@@ -249,7 +244,7 @@ def test_failure_says_what_it_would_take() -> None:
     race = search({"pre": (2.0, 0.0), "ft": (1.0, 0.5), "line 0.5": (1.4, 0.0099)}, Goal("forgetting", 0.01), count=60)
     assert race.prove(race.race()) is None
     label, p = race.tests[0]
-    drops = race._limited(race.field.standing(race.field.proved[label].scores, race.field.halves.prove))
+    drops = race._limited(race.field.proved_standing(race.field.courses[label]))
     said = failure(race.goal, label, p, drops)
     assert said.startswith("No model could be proved to be one that forgets at most 1.00%, so nothing was written.")
     assert "a limit of at most " in said
@@ -285,13 +280,13 @@ def test_a_task_on_which_ft_has_nothing_right_is_refused_and_few_right_answers_a
     accuracy = Fake("task", "share")
     ends = [subject("pre"), subject("ft")]
     bench: Any = Accuracy(truth, count=400)
-    race = Search(ends, candidates(truth), [accuracy], [GENERAL], bench, Goal("knee"), 0, None, lambda _: None)
+    race = Search(Field(ends, candidates(truth), [accuracy], [GENERAL], bench, 0), Goal("knee"))
     winner = race.prove(race.race())
     assert winner is not None
     assert winner.candidate.label == "line 0.5"
     nothing: Any = Accuracy(truth | {"ft": (0.0, 0.5)})
     with pytest.raises(OptionError, match="ft scores 0 on task, so there is nothing to keep"):
-        Search(ends, [], [accuracy], [GENERAL], nothing, Goal("forgetting", 0.1), 0, None, lambda _: None)
+        Field(ends, [], [accuracy], [GENERAL], nothing, 0)
 
 
 def test_ctrl_c_says_how_the_race_stood() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import pytest
 import torch
 from helpers.tiny_lm import TEXT, make_lm, open_lm, reference
 from helpers.tiny_lm import one_thread as one_thread
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div, log_softmax
 
 import surgery
-from surgery.errors import OptionError
+from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.source import open_checkpoint
+from surgery.errors import OptionError, SurgeryError
 from surgery.evaluation.bench import Bench
 from surgery.evaluation.measures import find_measures
 from surgery.evaluation.scores import joined
@@ -131,4 +136,25 @@ def test_a_measure_on_some_items_is_the_same_as_on_all(pair: tuple[Path, Path], 
     both = joined([first, second])
     assert both.values == pytest.approx(whole.values[[4, 1, 0, 5, 2, 3]], rel=1e-5)
     assert both.weights.tolist() == whole.weights[[4, 1, 0, 5, 2, 3]].tolist()
-    assert list(both.items) == list(whole.at([4, 1, 0, 5, 2, 3]).items) or kind in ("choices", "pairs", "harness")
+    if kind not in (
+        "choices",
+        "pairs",
+        "harness",
+    ):  # whose items hold likelihoods, which round otherwise in other batches
+        assert list(both.items) == list(whole.at([4, 1, 0, 5, 2, 3]).items)
+
+
+def test_a_model_is_read_again_after_one_that_could_not_be(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pair[1], broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name][:1]}, broken / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text(4 * TEXT)
+    (measure,) = find_measures([str(tmp_path / "text.txt")], limit=6, seq_len=16)
+    _, ft = open_subjects(*map(str, pair))
+    with Bench([measure], batch=2) as bench:
+        first = bench.score(ft).scores[measure.name]
+        with pytest.raises(SurgeryError):
+            bench.score(dataclasses.replace(ft, checkpoint=open_checkpoint(resolve(str(broken), companions=False))))
+        assert bench.score(ft).scores[measure.name].values.tolist() == first.values.tolist()
