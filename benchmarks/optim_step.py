@@ -21,7 +21,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,14 +71,21 @@ def shapes() -> list[tuple[int, ...]]:
     return [(VOCABULARY, WIDTH), *layer * LAYERS, (WIDTH,)]
 
 
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call that is done when it returns."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def medians(
+    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[Callable[[], object]], float] = timed
+) -> dict[str, float]:
     """Seconds of each call; the first round, which allocates, is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock(call))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
@@ -118,6 +125,28 @@ def steps(rounds: int) -> None:
         print(f"| {name} | {seconds:.3f} | {base:.3f} | {seconds / base:.1f} |")
 
 
+# The share of tensors that is frozen, and what else is.
+Case = tuple[float, tuple[str, ...]]
+CASES: list[Case] = [(round(1 - trained, 3), ()) for trained in TRAINED] + [(0.5, ("embedding", "head"))]
+
+
+def time_frozen(
+    model: nn.Module, ids: torch.Tensor, cases: list[Case], clock: Callable[[Callable[[], object]], float] = timed
+) -> Iterator[tuple[Case, float, float]]:
+    """For each case the share of parameters that is trained, and seconds of a step: forward, backward and AdamW."""
+    for case in cases:
+        choice = half_freeze(model, case[0], also=case[1])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+        def once(optimizer: torch.optim.AdamW = optimizer) -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        once()  # which allocates
+        yield case, 1 - choice.share, clock(once)
+
+
 def frozen(rounds: int, layers: int, batch: int, length: int) -> None:
     """Print the table of half fine-tuning."""
     import transformers
@@ -134,34 +163,17 @@ def frozen(rounds: int, layers: int, batch: int, length: int) -> None:
     )
     model = transformers.LlamaForCausalLM(config)
     ids = torch.randint(VOCABULARY, (batch, length))
-
-    def step(ratio: float, also: tuple[str, ...]) -> float:
-        choice = half_freeze(model, ratio, also=also)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-
-        def once() -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        once()
-        start = time.perf_counter()
-        once()
-        times[ratio, also].append(time.perf_counter() - start)
-        return 1 - choice.share
-
-    cases = [(round(1 - trained, 3), ()) for trained in TRAINED] + [(0.5, ("embedding", "head"))]
-    times: dict[tuple[float, tuple[str, ...]], list[float]] = {case: [] for case in cases}
-    shares: dict[tuple[float, tuple[str, ...]], float] = {}
+    times: dict[Case, list[float]] = {case: [] for case in CASES}
+    shares: dict[Case, float] = {}
     for _ in range(rounds):
-        for case in cases:
-            shares[case] = step(*case)
+        for case, shares[case], seconds in time_frozen(model, ids, CASES):
+            times[case].append(seconds)
     full = statistics.median(times[0.0, ()])
     print(f"\n{layers} layers, batch {batch} × {length} tokens; a full step takes {full:.2f} s\n")
     print(
         "| frozen tensors | trained parameters | time of a full step | paper's Table 8 |\n| ---: | ---: | ---: | ---: |"
     )
-    for case, paper in zip(cases, [f"{number}%" for number in PAPER] + [""], strict=True):
+    for case, paper in zip(CASES, [f"{number}%" for number in PAPER] + [""], strict=True):
         name = f"{case[0]:.1%}" + (" and the embedding" if case[1] else "")
         print(f"| {name} | {shares[case]:.1%} | {statistics.median(times[case]) / full:.1%} | {paper} |")
 
