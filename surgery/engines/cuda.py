@@ -1,10 +1,12 @@
-"""Edit one tensor on a GPU: the same selection, on whole tensors.
+"""Edit one tensor on a GPU: the same selection and the same bits as on the processor.
 
-Files are read into two pinned buffers in turn, so that reading one overlaps with the copy of the other to the device; each
-worker has a stream of its own, so that the copies of one overlap with the arithmetic of the next. What needs no arithmetic
-takes the CPU's way, and so do matrices whose singular values are edited, in blocks that are multiplied on the device.
+Both sides are copied to the device as a whole, and edited there in chunks (`surgery.engines.resident`). Files are read into two
+pinned buffers in turn, so that reading one overlaps with the copy of the other; what is written comes back through the same two,
+so that the disk has one chunk while the device makes the next. Each worker has a stream of its own, so that the copies of one
+overlap with the arithmetic of another. What needs no arithmetic takes the CPU's way, and so do matrices whose singular values are
+edited, in blocks that are multiplied on the device.
 
-Memory on the device: about 20 bytes for each entry of the largest tensor and worker.
+Memory on the device, for each worker: the bytes of a tensor of pre and of ft, and about 200 MB.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import torch
 from surgery.checkpoint.dtypes import torch_type
 from surgery.checkpoint.tensor import Sink, Tensor
 from surgery.engines.cpu import CpuEngine
+from surgery.engines.resident import CHUNK, Totals, keeping, slices
 from surgery.engines.results import Result
-from surgery.engines.selection import keep_mask
 from surgery.engines.worker import checked
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, OptionError, out_of_memory
 from surgery.methods.actions import Blend, Prune, Step
 from surgery.methods.hma import blend
 
-STAGING_BYTES = 32 << 20
+STAGING_BYTES = 8 * CHUNK  # of float64
 
 
 class OnDevice:
@@ -68,37 +70,52 @@ class CudaEngine:
 
         Raises:
             CheckpointError: a file ends early, or an edited tensor holds NaN or Inf.
+            OptionError: the tensor does not fit into the device's memory.
         """
         if step.pre is None or not isinstance(step.action, (Prune, Blend)):
             return self.cpu.run(step, sink)
-        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-            pre, ft = self._load(step.pre), self._load(step.shared)
-            kept = None
-            if isinstance(step.action, Prune):
-                parts = zip(pre.chunk(step.action.groups), ft.chunk(step.action.groups), strict=True)
-                keep = torch.cat(
-                    [keep_mask(*part, step.action.score, step.action.sparsity, step.action.top) for part in parts]
-                )
-                kept = int(keep.sum())
-                out = torch.where(keep, ft, pre.to(ft.dtype))
-            else:
-                out = blend(_wide(pre), _wide(ft), step.action.alpha).to(ft.dtype)
-            result = Result(
-                kept=kept,
-                pruned=None if kept is None else ft.numel() - kept,
-                differ=int((_wide(out) != _wide(pre)).sum()),
-                before2=_square_norm(_wide(ft) - _wide(pre)),
-                after2=_square_norm(_wide(out) - _wide(pre)),
-                weight2=_square_norm(_wide(pre)),
-            )
-            result = checked(step, result, allow_nonfinite=self.allow_nonfinite)
-            if not self.allow_nonfinite and not bool(torch.isfinite(out).all()):
-                raise CheckpointError(
-                    f"{step.pre.path}: {step.pre.name} holds a number too large for ft's {step.ft.dtype}. Repair it, or allow "
-                    "it with `allow_nonfinite`."
-                )
-            self._store(out, sink)
+        try:
+            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                result = self._edit(step, step.pre, step.action, sink)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise OptionError(
+                f"{step.ft.name} does not fit into the memory of {self.device} beside those of the other workers. Give fewer "
+                "`workers`, or `device` cpu."
+            ) from error
         return self.cpu.add(step, result, sink)
+
+    def _edit(self, step: Step, tensor: Tensor, action: Prune | Blend, sink: Sink) -> Result:
+        pre, ft = self._load(tensor), self._load(step.shared)
+        totals, turn, waiting = Totals(self.device), 0, None
+        groups, size = action.groups if isinstance(action, Prune) else 1, ft.element_size()
+        for begin in range(0, len(ft), max(len(ft) // groups, 1)):
+            base, tuned = (side[begin : begin + len(ft) // groups] for side in (pre, ft))
+            keep = keeping(action, base, tuned) if isinstance(action, Prune) else None
+            for at in slices(len(tuned)):
+                kept = None if keep is None else keep(at)
+                if isinstance(action, Blend):
+                    out = blend(_wide(base[at]), _wide(tuned[at]), action.alpha).to(ft.dtype)
+                else:
+                    out = torch.where(kept, tuned[at], base[at].to(ft.dtype))  # type: ignore[arg-type]
+                totals.add(base[at], tuned[at], out, kept)
+                part = self._free(turn)[: len(out) * size]
+                part.copy_(out.view(torch.uint8), non_blocking=True)
+                self._used(turn)
+                if waiting:  # written while the device is at work on this chunk
+                    self._write(*waiting, sink)
+                waiting, turn = (turn, (begin + at.start) * size, part), turn + 1
+        if waiting:
+            self._write(*waiting, sink)
+        result, finite = totals.result(len(ft) if isinstance(action, Prune) else None)
+        result = checked(step, result, allow_nonfinite=self.allow_nonfinite)
+        if not self.allow_nonfinite and not finite:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} holds a number too large for ft's {step.ft.dtype}. Repair it, or allow it with "
+                "`allow_nonfinite`."
+            )
+        return result
 
     def _load(self, tensor: Tensor) -> torch.Tensor:
         """The tensor on the device, flat."""
@@ -111,12 +128,10 @@ class CudaEngine:
                 self._used(turn)
         return loaded.view(torch_type(tensor.dtype))
 
-    def _store(self, out: torch.Tensor, sink: Sink) -> None:
-        raw = out.view(torch.uint8)
-        for start in range(0, len(raw), STAGING_BYTES):
-            part = self._free(0)[: min(STAGING_BYTES, len(raw) - start)]
-            part.copy_(raw[start : start + len(part)])
-            sink.write(start, np.asarray(part.numpy()))
+    def _write(self, turn: int, offset: int, part: torch.Tensor, sink: Sink) -> None:
+        """Write a staging buffer, once what it is to hold has come."""
+        self._free(turn)
+        sink.write(offset, np.asarray(part.numpy()))
 
     def _free(self, turn: int) -> torch.Tensor:
         """A staging buffer whose last copy is over."""
@@ -131,7 +146,3 @@ class CudaEngine:
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _square_norm(x: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.float(), dtype=torch.float64)) ** 2

@@ -4,9 +4,9 @@ For a group of n entries at sparsity s: r = round(s · n), t = the r-th smallest
 above t. Entries tied with t are pruned, so at least r go; r = 0 keeps all (METHODS, "How many entries are pruned"). A score
 that is NaN counts as −∞.
 
-`prune` does this for a tensor in memory. `Search` does it for one that streams past: a small sample brackets t, one pass
-counts the scores above each end of the bracket and collects the few inside it, and the counts prove whether t is among them.
-When they disprove it the next bracket is drawn on the side where t must lie. Nothing is estimated in the result.
+`Search` finds t of scores that stream past: a small sample brackets it, one pass counts the scores above each end of the bracket
+and collects the few inside it, and the counts prove whether t is among them. When they disprove it the next bracket is drawn on
+the side where t must lie. Nothing is estimated in the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import Floats
-from surgery.methods.actions import Score
 
 if TYPE_CHECKING:
     import torch
@@ -33,60 +32,6 @@ ERRORS = 5.0
 def rank(sparsity: float, n: int) -> int:
     """How many of n entries must go: round(sparsity · n), halves to even as Python rounds."""
     return round(sparsity * n)
-
-
-def threshold(scores: torch.Tensor, r: int) -> torch.Tensor:
-    """The r-th smallest of the scores, a 0-dimensional tensor: −∞ for r = 0.
-
-    Args:
-        scores: any shape, floating point.
-        r: 0 ≤ r ≤ scores.numel().
-    """
-    import torch
-
-    flat = torch.nan_to_num(scores.flatten(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    if r == 0:
-        return flat.new_tensor(-math.inf)
-    return flat.kthvalue(r).values
-
-
-def keep_mask(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float, top: float = 0.0) -> torch.Tensor:
-    """Which entries of a tensor in memory are kept.
-
-    Args:
-        pre, ft: one shape, floating point; any device.
-        score: the method's score of |Δ|, |pre| and mean |pre|.
-        sparsity: the share of entries with the lowest scores that must go, in [0, 1].
-        top: the share of entries with the highest scores that must go, likewise.
-
-    Returns:
-        bool, their shape: True where the score is between the thresholds.
-    """
-    import torch
-
-    wide = torch.float64 if torch.float64 in (pre.dtype, ft.dtype) else torch.float32
-    delta = (ft.to(wide) - pre.to(wide)).float().abs_()
-    base = pre.float().abs()
-    scores = score(delta, base, base.mean(dtype=torch.float64).float())
-    n = scores.numel()
-    r, k = rank(sparsity, n), rank(top, n)
-    if r == 0 and k == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if r + k >= n:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    keep: torch.Tensor = scores > threshold(scores, r)
-    return keep & ~(scores >= threshold(scores, n - k + 1)) if k else keep
-
-
-def prune(pre: torch.Tensor, ft: torch.Tensor, score: Score, sparsity: float) -> torch.Tensor:
-    """Prune the task vector of a tensor in memory: the arguments are those of `keep_mask`.
-
-    Returns:
-        A new tensor of ft's dtype: the bits of ft where the entry is kept, the bits of pre elsewhere.
-    """
-    import torch
-
-    return torch.where(keep_mask(pre, ft, score, sparsity), ft, pre.to(ft.dtype))
 
 
 def runs(n: int) -> tuple[NDArray[np.int64], int]:
@@ -158,12 +103,12 @@ class Search:
         self.collect = self.collect and bool(self.high > -np.inf)
         return self.low, self.high, self.collect
 
-    def narrow(self, above_low: int, above_high: int, inside: Floats) -> None:
+    def narrow(self, above_low: int, above_high: int, inside: Floats | torch.Tensor) -> None:
         """Draw the conclusion from a pass.
 
         Args:
             above_low, above_high: how many scores are above each end of the bracket.
-            inside: the scores in it, where they were to be collected.
+            inside: the scores in it, where they were to be collected; float32 [m], numpy's or on a device.
         """
         if self.r > self.n - above_high:
             self.floor = self.high
@@ -171,13 +116,20 @@ class Search:
             self.ceiling = self.low
         else:
             k = self.r - (self.n - above_low) - 1
-            self.threshold = np.float32(np.partition(inside, k)[k]) if self.collect else self.high
+            self.threshold = _smallest(inside, k) if self.collect else self.high
             self.found = True
         self.width = 8 * self.width + 1
 
     def _is_atom(self, values: np.float32 | Floats) -> np.bool_ | NDArray[np.bool_]:
         count = np.searchsorted(self.sample, values, "right") - np.searchsorted(self.sample, values, "left")
         return count > max(8, ATOM * self.sample.size)
+
+
+def _smallest(values: Floats | torch.Tensor, k: int) -> np.float32:
+    """The value that has k others below it."""
+    if isinstance(values, np.ndarray):
+        return np.float32(np.partition(values, k)[k])
+    return np.float32(values.sort().values[k].item())  # a GPU sorts a few per cent of a tensor sooner than it selects
 
 
 def _below(value: np.float32) -> np.float32:

@@ -105,9 +105,10 @@ def chosen(scores: torch.Tensor, k: int) -> torch.Tensor:
         scores: [n], floating point, any device.
         k: 1 ≤ k ≤ n.
     """
-    sizes = torch.nan_to_num(scores.abs(), nan=-math.inf, posinf=math.inf)
+    sizes = scores.abs().nan_to_num_(nan=-math.inf, posinf=math.inf)
     threshold = torch.topk(sizes, k, sorted=False).values.amin()
     above, tied = sizes > threshold, sizes == threshold
+    del sizes  # before the count of ties takes as much
     return above | (tied & (tied.cumsum(0, dtype=torch.int32) <= k - above.sum()))
 
 

@@ -176,7 +176,7 @@ def on_device(update: Update) -> None:
         maximize=False,
     )
     if not update.all:
-        values = torch.where(_mask(update, gradient), values, target.to(dtype))
+        torch.where(_mask(update, gradient), values, target.to(dtype), out=values)
     if update.master is not None:
         update.master.copy_(values)
     if update.stochastic:

@@ -13,8 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from surgery.engines.selection import Search, prune, rank, threshold
+from surgery.engines import resident
+from surgery.engines.resident import keeping, threshold
+from surgery.engines.selection import Search, rank
 from surgery.methods import fapm, magnitude
+from surgery.methods.actions import Prune
 
 Floats = NDArray[np.float32]
 INF = np.float32(np.inf)
@@ -148,12 +151,23 @@ def test_a_complete_sample_needs_no_pass() -> None:
         assert search(scores[None], scores, r) == (literal(scores, r), 0)
 
 
+CPU = torch.device("cpu")
+
+
 @given(scores=st.lists(number, min_size=1, max_size=60), data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_threshold_in_memory(scores: list[float], data: st.DataObject) -> None:
     values, r = np.array(scores, np.float32), data.draw(st.integers(0, len(scores)))
-    got = threshold(torch.from_numpy(values), r).item()
+    got = threshold(torch.from_numpy(values).__getitem__, len(values), r, CPU)
     assert got == (float(literal(values, r)) if r else float("-inf"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_threshold_in_memory_of_several_chunks(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "CHUNK", 70_000)
+    values = SHAPES[shape](np.random.default_rng(6), 300_000)
+    for r in [max(1, round(share * values.size)) for share in SHARES]:
+        assert threshold(torch.from_numpy(values).__getitem__, len(values), r, CPU) == literal(values, r)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 1.0])
@@ -167,7 +181,8 @@ def test_prune_in_memory_is_the_reference(method: str, score: Any, dtypes: tuple
     steps = torch.randint(-2, 3, pre.shape, generator=generator) / 64
     ft = (pre.double() + steps).to(getattr(torch, dtypes[1]))
     before = pre.clone(), ft.clone()
-    out = prune(pre, ft, score, sparsity)
+    keep = keeping(Prune(score, sparsity, uses_mean=method == "fapm"), pre.flatten(), ft.flatten())
+    out = torch.where(keep(slice(0, pre.numel())).view_as(pre), ft, pre.to(ft.dtype))
     assert method in SCORES
     assert torch.equal(bits(out), bits(reference_prune(method, pre, ft, sparsity)))
     assert torch.equal(bits(pre), bits(before[0]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from surgery.errors import OptionError
 from surgery.methods.half_reset import choose
@@ -42,6 +43,23 @@ def test_what_half_reset_would_reset_is_frozen_and_reported(level: str, ratio: f
     assert choice.share == choice.frozen / sum(entries.values())
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}.isdisjoint(choice.names)
     assert (choice.ratio, choice.level, choice.seed) == (ratio, level, 3)
+
+
+def test_a_frozen_matrix_has_no_product_for_its_gradient() -> None:
+    """Counted by torch: 2 · tokens · entries fewer operations for each frozen matrix, and no others."""
+    model, ids = llama(), torch.arange(20).view(2, 10)
+
+    def backward() -> int:
+        loss = model(input_ids=ids, labels=ids).loss
+        with FlopCounterMode(display=False) as counted:
+            loss.backward()
+        return int(counted.get_total_flops())
+
+    full = backward()
+    names = half_freeze(model, 0.5).names
+    matrices = [p for p in map(model.get_parameter, names) if p.ndim == 2]
+    assert len(matrices) > 10
+    assert full - backward() == sum(2 * ids.numel() * p.numel() for p in matrices)
 
 
 def test_another_round_draws_anew_and_trains_what_the_last_one_froze_but_not_what_the_caller_froze() -> None:

@@ -11,6 +11,7 @@ import torch
 from helpers.reference.mofo import Mofo, filtered
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery import native
 from surgery.errors import OptionError
@@ -222,6 +223,48 @@ def test_stochastic_rounding_keeps_small_updates_on_average_and_leaves_the_rest(
     assert abs(float(parameter.detach()[gradient.abs() > gradient.abs().median()].double().mean()) - 1.0625) < 1e-3
     assert torch.equal(parameter[~chosen], start[~chosen])
     assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations after which the host waits for a device, since they bring it a number or a length."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal"):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("score", mofo.FILTERS)
+@pytest.mark.parametrize("rounding", mofo.ROUNDINGS)
+def test_a_step_never_waits_for_the_device(score: str, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what runs on accelerators; the number of the step, which the host has, is all that it looks at."""
+    go_to("device", monkeypatch)
+    start, gradient = torch.randn(300, 40).bfloat16(), torch.randn(300, 40).bfloat16()
+    _, optimizer = trained(start, [gradient], filter=score, rounding=rounding)
+    with Waits() as waits:
+        optimizer.step()
+    assert len(waits.found) == 1, waits.found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("score", mofo.FILTERS)
+@pytest.mark.parametrize("rounding", mofo.ROUNDINGS)
+@pytest.mark.parametrize("shape", [(300,), (3000, 1000)], ids=str)
+def test_a_step_never_waits_for_the_gpu(score: str, rounding: str, shape: tuple[int, ...]) -> None:
+    parameter = torch.nn.Parameter(torch.randn(shape, device="cuda").bfloat16())
+    optimizer = MoFO([parameter], filter=score, rounding=rounding)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_parameter_that_is_not_contiguous_is_updated_like_one_that_is() -> None:
