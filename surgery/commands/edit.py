@@ -50,7 +50,7 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
     from surgery.display import progress
     from surgery.editing.display import show_plan, show_report
     from surgery.editing.job import prepare
-    from surgery.editing.run import check_machine, run
+    from surgery.editing.run import check_machine, run, taken
     from surgery.interrupt import uninterrupted
 
     *before, output, show, checks, machine = parts
@@ -77,7 +77,7 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
     elif label:
         search.planned(job, values)
     if output.dry_run:
-        show_plan(job, as_json=show.as_json)
+        show_plan(job, device=taken(machine.device), as_json=show.as_json)
         return
     start = time.monotonic()
     with progress(job.reading) as advance:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from surgery.methods.actions import Step
 
 
-def show_plan(job: Job, *, as_json: bool) -> None:
-    """Print the plan of a job, by category."""
+def show_plan(job: Job, *, device: str, as_json: bool) -> None:
+    """Print the plan of a job, by category, and the device in words."""
     groups: dict[tuple[str, str], list[Step]] = {}
     for step in job.steps:
         doing = "copy" if step.pre is None or not step.ft.is_float else type(step.action).__name__.lower()
@@ -29,6 +29,7 @@ def show_plan(job: Job, *, as_json: bool) -> None:
             for (category, doing), (tensors, entries, nbytes) in sizes.items()
         ]
         document = {"method": job.method.name, "output": str(job.out), "bytes": job.nbytes, "plan": plan}
+        document["device"] = device
         show_json({**document, "notes": job.pair.notes})
         return
     table = new_table("Category", "Action", "Tensors", "Entries", "Bytes")
@@ -49,6 +50,7 @@ def show_plan(job: Job, *, as_json: bool) -> None:
     console = new_console()
     console.print(table)
     print_notes(console, job.pair.notes)
+    console.print(f"Device: {device}.")
     console.print(f"Nothing was written. The output would be {job.out}, {size(job.nbytes)}.", soft_wrap=True)
 
 

@@ -67,7 +67,7 @@ def extract(
         except OSError as error:
             raise explain(error, out) from error
         check_unchanged(job, before)
-        report = report_of(job, results, command)
+        report = report_of(job, results, device, command)
         tensors = [_line(step, draft.sinks[step.ft.name]) for step in job.steps]
         digests, stored = _files(job)
         source = job.pair.pre.source

@@ -93,7 +93,7 @@ def run(
             raise explain(error, job.out) from error
         check_unchanged(job, about)
         # A resumed run reports the command that began it.
-        document = report_of(job, draft.done, draft.identity["command"])
+        document = report_of(job, draft.done, device, draft.identity["command"])
         draft.commit(documents(document, job.container) | job.changed, job.copies, document)
     document["notes"].extend(draft.left)
     return document
@@ -122,6 +122,20 @@ def engines(device: str, allow_nonfinite: bool) -> Callable[[Tick], Engine]:
     return lambda tick: CudaEngine(tick, found, allow_nonfinite=allow_nonfinite)
 
 
+def taken(device: str) -> str:
+    """The device that an edit runs on, and why it is that one."""
+    if device == "auto":
+        return "the processor, which keeps up with its disk; a GPU would wait too"
+    if device == "cpu":
+        return "the processor, as asked"
+    import torch
+
+    from surgery.device import find_device
+
+    found = find_device(device)
+    return f"{torch.cuda.get_device_name(found)} ({found}), as asked"
+
+
 def _unchanged(job: Job) -> str:
     """A warning that there was nothing to edit, with what else may hold the fine-tuning."""
     folder = job.pair.ft.folder
@@ -131,8 +145,8 @@ def _unchanged(job: Job) -> str:
     return f"Warning: pre and ft have the same numbers everywhere. Is {folder} the model that was fine-tuned?{there}"
 
 
-def report_of(job: Job, results: dict[str, dict[str, Any]], command: Sequence[str]) -> dict[str, Any]:
-    """Return the report of a job, from the `Result` of every tensor."""
+def report_of(job: Job, results: dict[str, dict[str, Any]], device: str, command: Sequence[str]) -> dict[str, Any]:
+    """Return the report of a job, from the `Result` of every tensor and the device that was asked for."""
     lines = [report.describe(step, Result(**results[step.ft.name])) for step in job.steps]
     notes = list(job.pair.notes)
     passed = [line["name"] for line in lines if line.get("nonfinite")]
@@ -152,6 +166,7 @@ def report_of(job: Job, results: dict[str, dict[str, Any]], command: Sequence[st
         "output": job.out.name,
         "versions": provenance.versions(),
         "kernels": "C" if native.compiled else "numpy",
+        "device": taken(device),
         "notes": notes,
         "totals": report.as_json(report.summarize(lines)),
         "categories": {name: report.as_json(group) for name, group in report.by_category(lines).items()},

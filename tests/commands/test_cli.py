@@ -150,9 +150,11 @@ def test_a_dry_run_writes_nothing(root: Path, method: str, more: list[str]) -> N
     if more:
         plan = json.loads(out)
         assert plan["bytes"] == weights
+        assert plan["device"].startswith("the processor, which keeps up with its disk")
         assert sum(row["tensors"] for row in plan["plan"]) == len(tiny_llama())
     else:
         assert all(word in out for word in ("attention", "feed-forward", "norm", "embedding", "head", "kB"))
+        assert "Device: the processor, which keeps up" in out
         assert "Nothing was written" in out
 
 

@@ -141,6 +141,7 @@ def test_the_file_is_the_report_and_says_what_ran(name: str, tmp_path: Path) -> 
     assert written["command"] == command[:-1]
     assert written["versions"]["surgery"] == __version__
     assert written["versions"]["torch"] == version("torch")
+    assert written["device"] == "the processor, which keeps up with its disk; a GPU would wait too"
     assert written["pre"]["folder"] == str(tmp_path / "pre")
     assert written["ft"]["typed"] == str(tmp_path / "ft")
     assert any("NaN or Inf" in note and "layers.0.input_layernorm" in note for note in written["notes"])
