@@ -6,6 +6,7 @@
     instruction, (input,) output      the prompt of Stanford Alpaca; with system and history, the earlier turns before it
     question, answer                  "Question: …\\nAnswer:" and " …"
     text                              trained on as a whole
+    of SQuAD, WikiQA, QASC, TRACE and FLAN, and multiple choice: see `surgery.data.forms`
     prompt, chosen, rejected          preferences (--task dpo); prompt may be part of chosen and rejected where these are chats
 
 A chat may have `tools`, and its messages reasoning_content, tool_calls and what else the chat template knows; a message with
@@ -20,10 +21,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgery.data.forms import FORMS, question_row, text
+from surgery.data.forms import Row as Row
 from surgery.data.records import records
 from surgery.errors import OptionError
-
-Row = dict[str, Any]
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -39,6 +40,7 @@ FIELDS = {
     SHAREGPT: ("conversations",),
     "prompt–completion": ("prompt", "completion"),
     INSTRUCTION: ("instruction", "output"),
+    **{form.name: form.fields for form in FORMS.values()},
     "question–answer": ("question", "answer"),
     "plain text": ("text",),
 }
@@ -70,6 +72,8 @@ class Data:
         fields: that it was read from.
         rows: in TRL's columns; more than `records` where chats have several answers.
         unused: how many records have each field that is not used; of messages, "messages: weight".
+        wrong: records that are left out since they have no right answer.
+        others: by the number of a row, from 0, further answers that are as right as its completion.
     """
 
     name: str
@@ -78,6 +82,8 @@ class Data:
     rows: list[Row]
     records: int
     unused: Mapping[str, int] = field(default_factory=dict)
+    wrong: int = 0
+    others: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def chat(self) -> bool:
@@ -88,7 +94,8 @@ class Data:
         """What was found, in a line."""
         answers = f", {len(self.rows):,} answers" if len(self.rows) != self.records else ""
         left = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
-        return f"{self.name}: {self.records:,} records{answers}, {self.kind} ({', '.join(self.fields)})." + (
+        wrong = f" Left out: {self.wrong:,} without a right answer." if self.wrong else ""
+        return f"{self.name}: {self.records:,} records{answers}, {self.kind} ({', '.join(self.fields)}).{wrong}" + (
             f" Not used: {left}." if left else ""
         )
 
@@ -107,6 +114,7 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
     rows: list[Row] = []
     kind, fields, count = "", tuple[str, ...](), 0
     unused, more = dict[str, int](), dict[str, None]()
+    others, wrong = dict[int, tuple[str, ...]](), 0
     for where, record in records(name):
         if not isinstance(record, Mapping):
             raise OptionError(
@@ -120,18 +128,39 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
                     f"{where}: has no field {wanted} (fields found: {_found(record)}). Correct or remove the record, or name "
                     "the fields with `prompt_field` and `completion_field`."
                 )
-        rows += _rows(where, record, kind, fields)
+        if kind not in FORMS:
+            rows += _rows(where, record, kind, fields)
+        elif (made := FORMS[kind].make(where, record)) is not None:
+            others |= {len(rows): made.others} if made.others else {}
+            rows.append(made.row)
+        else:
+            wrong += 1
         more |= {extra: None for extra in MORE.get(kind, ()) if record.get(extra)}
         for left in _unused(record, kind, fields):
             unused[left] = unused.get(left, 0) + 1
         count += 1
     if not count:
         raise OptionError(f"{name}: holds no record. Check the file.")
+    if not rows and wrong:
+        raise OptionError(f"{name}: no record has a right answer. Give another file.")
     if not rows:
         raise OptionError(
             f"{name}: every answer is marked as not to be learnt. Check weight and train of its messages."
         )
-    return Data(name, kind, (*fields, *more), rows, count, unused)
+    if kind in FORMS and FORMS[kind].shared:
+        others = _shared(rows)
+    return Data(name, kind, (*fields, *more), rows, count, unused, wrong, others)
+
+
+def _shared(rows: list[Row]) -> dict[int, tuple[str, ...]]:
+    """Of each row, the completions of the other rows with the same prompt."""
+    answers = dict[str, list[str]]()
+    for row in rows:
+        answers.setdefault(row["prompt"], []).append(row["completion"].strip())
+    found = {number: [*answers[row["prompt"]]] for number, row in enumerate(rows) if len(answers[row["prompt"]]) > 1}
+    for number, same in found.items():
+        same.remove(rows[number]["completion"].strip())
+    return {number: tuple(same) for number, same in found.items()}
 
 
 def _kind(
@@ -143,7 +172,10 @@ def _kind(
         return "plain text", (completion,)
     kinds = PREFERENCES if task == "dpo" else FIELDS
     for kind, fields in kinds.items():
-        if all(record.get(field) is not None for field in fields):
+        named = FORMS[kind].named if kind in FORMS else None
+        if named is not None and (found := named(record)) is not None:
+            return kind, found
+        if named is None and all(record.get(field) is not None for field in fields):
             if kind == "preferences" and isinstance(record["chosen"], list) and isinstance(record["prompt"], str):
                 continue  # the prompt is in chosen and rejected again, as a message
             return kind, fields
@@ -160,16 +192,16 @@ def _rows(where: str, record: Mapping[str, Any], kind: str, fields: tuple[str, .
     if kind in PREFERENCES or kind == "prompt–completion":
         columns = fields if kind in PREFERENCES else ("prompt", "completion")
         chat = isinstance(values[0], list)
-        check: Callable[[str, str, Any], Any] = _messages if chat else _text
+        check: Callable[[str, str, Any], Any] = _messages if chat else text
         return [
             {column: check(where, field, value) for column, field, value in zip(columns, fields, values, strict=True)}
         ]
-    texts = [_text(where, field, value) for field, value in zip(fields, values, strict=True)]
+    texts = [text(where, field, value) for field, value in zip(fields, values, strict=True)]
     if kind == "plain text":
         return [{"text": texts[0]}]
     if kind == "question–answer":
-        return [{"prompt": f"Question: {texts[0]}\nAnswer:", "completion": f" {texts[1]}"}]
-    context = _text(where, "input", record.get("input") or "")
+        return [question_row(texts[0], texts[1])]
+    context = text(where, "input", record.get("input") or "")
     template = ALPACA_INPUT if context else ALPACA
     preamble, turn, form = template.partition("### ")
     asked = (turn + form).format(instruction=texts[0], input=context)
@@ -178,13 +210,13 @@ def _rows(where: str, record: Mapping[str, Any], kind: str, fields: tuple[str, .
 
 def _before(where: str, record: Mapping[str, Any], preamble: str) -> str:
     """What stands before an instruction: the system prompt in place of Alpaca's own, and the earlier turns."""
-    system, history = _text(where, "system", record.get("system") or ""), record.get("history") or []
+    system, history = text(where, "system", record.get("system") or ""), record.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
     if not pairs:
         raise OptionError(
             f"{where}: field history is no list of pairs of a question and its answer. Correct the record."
         )
-    turns = [[_text(where, "history", part) for part in turn] for turn in history]
+    turns = [[text(where, "history", part) for part in turn] for turn in history]
     earlier = "".join(f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in turns)
     return (f"{system}\n\n" if system else preamble) + earlier
 
@@ -231,14 +263,6 @@ def _tools(where: str, tools: Any) -> str:
     if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
         raise OptionError(f"{where}: field tools is no list of objects, nor JSON of one. Correct or remove the record.")
     return json.dumps(found)
-
-
-def _text(where: str, field: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise OptionError(
-            f"{where}: field {field} holds no text ({type(value).__name__}). Correct or remove the record."
-        )
-    return value
 
 
 def _is_learnt(turn: Mapping[str, Any]) -> bool:

@@ -54,7 +54,8 @@ class Scoring:
     metric: str | None = option(
         None,
         help="Of --task: [b]loss[/b] of the answers, or generated answers that are [b]exact[/b], [b]numeric[/b] (the final "
-        "number) or like by [b]rouge-l[/b]; choices by [b]acc[/b] or [b]acc_norm[/b].",
+        "number) or like by [b]rouge-l[/b], [b]f1[/b], [b]em[/b] or [b]edit-similarity[/b]; choices by [b]acc[/b] or "
+        "[b]acc_norm[/b].",
         shown="by the file's fields",
         panel=SCORES,
     )

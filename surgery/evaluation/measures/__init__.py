@@ -4,8 +4,8 @@
     .txt, or records with "text"                    perplexity
     sentence_good, sentence_bad                     acc: the share of pairs where the good one is likelier
     choices, options or endings                     acc, or acc_norm
-    question and answer, or what `surgery.data.rows`     loss of the answer; or exact, numeric or rouge-l of one that is generated
-      knows beside them
+    question and answer, or what `surgery.data.rows`     loss of the answer; or how well one that is generated matches it:
+      knows beside them                                  see `surgery.evaluation.measures.matching`
 
 The first record decides, unless a metric is named. Files are read and checked here, before any model is.
 """

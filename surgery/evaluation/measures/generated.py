@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.data.encode import Message, prefix, prompt_ids
-from surgery.data.rows import Row
 from surgery.errors import OptionError
 from surgery.evaluation.measures.file import File, Maker
-from surgery.evaluation.measures.matching import METRICS, final_number, words
+from surgery.evaluation.measures.matching import METRICS
 from surgery.evaluation.scores import Kind, Scores, digest, picked
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Generated:
     """The measure.
 
     Attributes:
-        questions: prompt (text or chat) and reference of each.
+        questions: prompt (text or chat) of each, and the answers that are right.
         metric: of `surgery.evaluation.measures.matching.METRICS`.
         max_new_tokens: of an answer.
         stop: an answer ends before this text.
@@ -42,7 +41,7 @@ class Generated:
     """
 
     name: str
-    questions: list[tuple[str | list[Message], str]] = field(repr=False)
+    questions: list[tuple[str | list[Message], list[str]]] = field(repr=False)
     metric: str
     max_new_tokens: int = 256
     stop: str | None = None
@@ -55,6 +54,7 @@ class Generated:
             "measure": "generated answers",
             "items": digest(self.questions),
             "metric": self.metric,
+            "edition": METRICS[self.metric].edition,
             "max_new_tokens": self.max_new_tokens,
             "stop": self.stop,
             **({"keep_reasoning": True} if self.keep_reasoning else {}),
@@ -73,19 +73,21 @@ class Generated:
         items: list[dict[str, Any]] = []
         values = []
         extra: dict[str, float] = {"contexts_cut": cut} if cut else {}
-        for (prompt, reference), answer in zip(questions, answers, strict=True):
-            items.append({"prompt": prompt, "reference": reference, "generated": answer})
-            said = answer if self.keep_reasoning else without_reasoning(answer, reference)
+        match = METRICS[self.metric].match
+        for (prompt, references), answer in zip(questions, answers, strict=True):
+            more = {"references": references} if len(references) > 1 else {}
+            items.append({"prompt": prompt, "reference": references[0], **more, "generated": answer})
+            said = answer if self.keep_reasoning else without_reasoning(answer, references)
             if said != answer:
                 extra["reasoning_removed"] = extra.get("reasoning_removed", 0) + 1
-            values.append(METRICS[self.metric](said, reference))
+            values.append(max(match(said, reference) for reference in references))
         return Scores(self.kind, np.array(values, np.float64), np.ones(len(items)), items, extra)
 
 
-def without_reasoning(answer: str, reference: str) -> str:
-    """An answer without the reasoning before it, unless the reference has reasoning too; empty where it never ended."""
+def without_reasoning(answer: str, references: Sequence[str]) -> str:
+    """An answer without the reasoning before it, unless a reference has reasoning too; empty where it never ended."""
     for begin, end in REASONING:
-        if begin in reference or end in reference:
+        if any(begin in reference or end in reference for reference in references):
             return answer
         if end in answer:
             return answer.rpartition(end)[2].strip()
@@ -103,27 +105,27 @@ def _make(file: File) -> Generated | None:
             f"{file.typed}: {metric} needs questions and answers, and this is plain text. Choose perplexity."
         )
     questions = [
-        _reference(file.typed, number, row, metric) for number, row in enumerate(file.rows[: options.limit], 1)
+        (row["prompt"], _references(file, number, metric)) for number, row in enumerate(file.rows[: options.limit])
     ]
     stop = NEXT_QUESTION if file.data.kind == "question–answer" else None
     return Generated(file.name, questions, metric, options.max_new_tokens, stop, options.keep_reasoning)
 
 
-def _reference(file: str, number: int, row: Row, metric: str) -> tuple[str | list[Message], str]:
-    """A row's prompt and the answer that is wanted.
+def _references(file: File, number: int, metric: str) -> list[str]:
+    """The answers of a row that are right and that a metric can compare with.
 
     Raises:
-        OptionError: the metric finds nothing in the answer to compare with.
+        OptionError: the metric finds nothing in any of them to compare with.
     """
-    completion = row["completion"]
+    known = METRICS[metric]
+    completion = file.rows[number]["completion"]
     answer = str(completion if isinstance(completion, str) else completion[-1]["content"]).strip()
-    comparable = {"exact": bool(answer), "numeric": final_number(answer) is not None, "rouge-l": bool(words(answer))}
-    if not comparable[metric]:
-        what = {"exact": "text", "numeric": "number", "rouge-l": "word of a–z and 0–9"}[metric]
+    found = [text for text in dict.fromkeys([answer, *file.data.others.get(number, ())]) if known.comparable(text)]
+    if not found:
         raise OptionError(
-            f"{file}: answer {number} has no {what}, which {metric} needs. Remove it, or choose another metric."
+            f"{file.typed}: answer {number + 1} has no {known.needs}, which {metric} needs. Remove it, or choose another metric."
         )
-    return row["prompt"], answer
+    return found
 
 
 GENERATED = Maker(tuple(METRICS), _make)

@@ -13,12 +13,13 @@ import torch
 from helpers.tiny_lm import LENGTH, TEXT, hf_loss, ignore, make_lm, make_tokenizer, open_lm, reference
 from helpers.tiny_lm import one_thread as one_thread
 
+from surgery.data.choices import question
 from surgery.data.encode import learnt, parts
 from surgery.data.rows import read
 from surgery.errors import CheckpointError, OptionError
 from surgery.evaluation.measures import find_measures
 from surgery.evaluation.measures.answer_loss import AnswerLoss
-from surgery.evaluation.measures.choices import MinimalPairs, MultipleChoice, question
+from surgery.evaluation.measures.choices import MinimalPairs, MultipleChoice
 from surgery.evaluation.measures.generated import Generated
 from surgery.evaluation.measures.perplexity import Perplexity
 from surgery.evaluation.scores import Measure
@@ -202,6 +203,19 @@ def test_a_chat_is_asked_through_the_template(tmp_path: Path, model: LanguageMod
     assert found.items[0]["reference"] == "Four ducks."
 
 
+def test_the_best_of_several_right_answers_counts(tmp_path: Path, model: LanguageModel, plain: Any) -> None:
+    ids = torch.tensor([model.tokenizer("Ducks lay.\n\nQuestion: How many?\nAnswer:").input_ids])
+    output = plain.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=1, pad_token_id=1)
+    said = str(model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    asked = {"context": "Ducks lay.", "question": "How many?"}
+    records = [{**asked, "answers": {"text": texts}} for texts in (["no", said, "none"], ["no", "none"])]
+    for metric in ("em", "f1"):
+        found = one(write(tmp_path / "squad.jsonl", records), metric=metric, max_new_tokens=6).score(model, ignore)
+        assert found.values.tolist() == [1.0, 0.0]
+        assert [item["reference"] for item in found.items] == ["no", "no"]
+        assert found.items[0]["references"] == ["no", said, "none"]
+
+
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     folder = make_lm(tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
@@ -368,7 +382,7 @@ BROKEN: list[tuple[list[Any], dict[str, Any], str]] = [
     (ASKED, {"metric": "perplexity"}, "needs running text"),
     ([{"text": TEXT}], {"metric": "exact"}, "needs questions and answers"),
     ([{"question": "?", "answer": "none"}], {"metric": "numeric"}, "answer 1 has no number"),
-    ([{"question": "?", "answer": "鴨"}], {"metric": "rouge-l"}, "answer 1 has no word"),
+    ([{"question": "?", "answer": "?!"}], {"metric": "rouge-l"}, "answer 1 has no word"),
     ([{"question": "?", "answer": "\ud800"}], {}, "half of a character"),
     (ASKED, {"metric": "bleu"}, "`metric` bleu is unknown"),
     (ASKED, {"limit": 0}, "`limit` must be 1 or more"),
