@@ -72,7 +72,7 @@ def _words(one: Declared, having: Sequence[type]) -> Option:
             one.option, help=" ".join(f"{_of(kinds)}: {text}" for text, kinds in told.items()), panel=SETTINGS
         )
     of = _of(having)
-    tried = "numbers with commas, or first:last:step."
+    tried = "words with commas." if one.kind is str else "numbers with commas, or first:last:step."
     if one.option.parse is not None:
         words = "".join(f", or [b]{name}[/b], those of the paper" for name in one.option.swept.named)
         tried = f"one setting, or a range first:last:step of single numbers{words}. Repeatable."

@@ -20,6 +20,7 @@ class Given:
     """The options that are no settings of the training."""
 
     config: Path | None = option(None, metavar="FILE", help="Options in YAML; those on the command line win.")
+    dry_run: bool = option(False, help="Show the rounds and what would be frozen, and train nothing.", panel=OUTPUT)
     resume: bool = option(False, help="Continue a run that broke off.", panel=OUTPUT)
     force: bool = option(False, help="Replace an earlier output of surgery at --out.", panel=OUTPUT)
     plot: Path | None = option(
@@ -48,7 +49,7 @@ def _configured(values: dict[str, Any], typed: frozenset[str]) -> dict[str, Any]
     Raises:
         OptionError: the file cannot be read, or something has to be given and is not.
     """
-    from surgery.train.settings import read_config
+    from surgery.train.config import read_config
 
     if values["config"] is not None:
         values |= {name: value for name, value in read_config(values["config"]).items() if name not in typed}
@@ -69,7 +70,8 @@ def _train(settings: Settings, given: Given) -> None:
 
     from surgery.paths import OutFile, local
     from surgery.train.display import Screen
-    from surgery.train.run import Observer, train
+    from surgery.train.plan import Observer, plan
+    from surgery.train.run import train
 
     if given.plot is not None:
         from surgery.pictures import PICTURE, check_matplotlib, render
@@ -79,6 +81,9 @@ def _train(settings: Settings, given: Given) -> None:
         check_matplotlib()
     with ExitStack() as places:
         screen = places.enter_context(Screen(quiet=given.as_json))
+        if given.dry_run:
+            screen.show_plan(plan(settings, Observer(lambda text: screen.say(with_flags(text)))))
+            return
         picture = None
         if given.plot and screen.leads:
             inputs = local(settings.model, *settings.data, settings.replay)

@@ -64,12 +64,14 @@ def settings(
 
 
 def _values(one: Declared, texts: Sequence[str]) -> tuple[Any, ...]:
-    """The values of an option: numbers, or where it has parts (several ratios) whole settings, and ranges of single ones.
+    """The values of an option: words, numbers, or where it has parts (several ratios) whole settings, and ranges of single ones.
 
     Raises:
         OptionError: a text says neither.
     """
     text = ",".join(texts)
+    if one.kind is str:
+        return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
     if one.option.parse is None:
         return whole_numbers(text, one.name) if one.kind is int else numbers(text, one.name)
     found: dict[Any, None] = {}

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,6 +63,7 @@ class HalfReset(Method):
         "category",
         help="[b]category[/b]: a half of each layer's attention, feed-forward and norm tensors. [b]layer[/b]: every other "
         "layer. [b]model[/b]: a half of all block matrices.",
+        swept=Swept("category", "level"),
     )
     seed: int = option(
         0, help="Which half. The same seed gives the same tensors on any machine.", swept=Swept("0", "seed")
@@ -91,7 +92,12 @@ class HalfReset(Method):
 
 
 def choose(
-    names: Iterable[str], ratio: float, level: str = "category", seed: int = 0, also: Collection[str] = ()
+    names: Iterable[str],
+    ratio: float,
+    level: str = "category",
+    seed: int = 0,
+    also: Collection[str] = (),
+    counts: Mapping[str, Sequence[int]] | None = None,
 ) -> set[str]:
     """The tensors that Half-Reset resets and HFT freezes.
 
@@ -102,9 +108,14 @@ def choose(
         level: "category", "layer" or "model".
         seed: the draw.
         also: whole groups outside the blocks, all of which are chosen: "embedding", "head", "norm".
+        counts: for level "category", in the ratio's place: category ("attention", "feed_forward" or "norm") -> how many of its
+            matrices are chosen in the first layer, the second, …; after the last number the first comes again.
 
     Returns:
         Names of the chosen tensors, biases with their weights.
+
+    Raises:
+        OptionError: a layer has fewer matrices than are to be chosen.
     """
     # stack -> layer -> category -> module -> its tensors
     stacks: dict[str, dict[int, dict[str, dict[str, list[str]]]]] = {}
@@ -134,7 +145,7 @@ def choose(
             ]
             picked = set(_draw(matrices, _half_up(ratio * len(matrices)), seed, f"model {stack}"))
         else:
-            picked = _by_category(stack, layers, ratio, seed)
+            picked = _by_category(stack, layers, ratio, seed, counts or {})
         chosen.update(name for key in picked for name in units[key])
     return chosen
 
@@ -148,7 +159,13 @@ def _every_other(layers: dict[int, dict[str, dict[str, list[str]]]], ratio: floa
     return picked
 
 
-def _by_category(stack: str, layers: dict[int, dict[str, dict[str, list[str]]]], ratio: float, seed: int) -> set[str]:
+def _by_category(
+    stack: str,
+    layers: dict[int, dict[str, dict[str, list[str]]]],
+    ratio: float,
+    seed: int,
+    fixed: Mapping[str, Sequence[int]],
+) -> set[str]:
     by_category: dict[str, dict[int, list[str]]] = defaultdict(dict)
     for index, layer in layers.items():
         for category, modules in layer.items():
@@ -161,9 +178,24 @@ def _by_category(stack: str, layers: dict[int, dict[str, dict[str, list[str]]]],
         missing = _half_up(ratio * sum(map(len, members.values()))) - sum(counts.values())
         for extra in _draw(map(str, uneven), missing, seed, f"layers {stack} {category}"):
             counts[int(extra)] += 1
+        if category in fixed:
+            counts = _in_turn(members, fixed[category], category)
         for index, keys in members.items():
             picked.update(_draw(keys, counts[index], seed, f"{category} {index}"))
     return picked
+
+
+def _in_turn(members: Mapping[int, Sequence[str]], numbers: Sequence[int], category: str) -> dict[int, int]:
+    """Layer -> how many of its matrices are chosen, the numbers taking turns."""
+    counts = {index: numbers[place % len(numbers)] for place, index in enumerate(sorted(members))}
+    for index, count in counts.items():
+        if count > len(members[index]):
+            words = category.replace("_", "-")
+            raise OptionError(
+                f"Layer {index} has {len(members[index])} {words} matrices, so {count} of them cannot be chosen. Lower "
+                f"`frozen_{category}`."
+            )
+    return counts
 
 
 def _draw(keys: Iterable[str], count: int, seed: int, purpose: str) -> list[str]:

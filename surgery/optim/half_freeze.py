@@ -6,7 +6,7 @@ and costs no gradient, no optimizer state and no multiplication for its gradient
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ class Freeze:
         ratio, level, seed: as asked for.
         names: of the frozen tensors, in the model's order and words.
         frozen, parameters: how many entries are frozen, and how many the model has; a tied tensor counts once.
+        layers, layers_trained: how many entries the transformer layers have, and how many of these are trained.
     """
 
     ratio: float
@@ -39,15 +40,27 @@ class Freeze:
     names: tuple[str, ...]
     frozen: int
     parameters: int
+    layers: int
+    layers_trained: int
 
     @property
     def share(self) -> float:
         """The share of the model's parameters that is frozen."""
         return self.frozen / self.parameters
 
+    @property
+    def trainable(self) -> float:
+        """The share of the transformer layers' parameters that is trained, as the paper counts (its footnote 1)."""
+        return self.layers_trained / self.layers
+
 
 def half_freeze(
-    model: torch.nn.Module, ratio: float = 0.5, level: str = "category", seed: int = 0, also: Collection[str] = ()
+    model: torch.nn.Module,
+    ratio: float = 0.5,
+    level: str = "category",
+    seed: int = 0,
+    also: Collection[str] = (),
+    counts: Mapping[str, Sequence[int]] | None = None,
 ) -> Freeze:
     """Freeze a random half of the blocks' tensors for one round, and unfreeze those of the round before.
 
@@ -60,6 +73,8 @@ def half_freeze(
         level: "category", "layer" or "model", as in Half-Reset.
         seed: the draw, an integer ≥ 0: another one for another round.
         also: what to freeze outside the blocks: "embedding", "head", "norm" (the final norm). By default they are trained.
+        counts: category ("attention", "feed_forward", "norm") -> how many of its matrices are frozen in the first layer, the
+            second, …, over and over, in the ratio's place: {"attention": [2], "feed_forward": [1, 2]} is the paper's half.
 
     Raises:
         OptionError: an argument outside its range, or no parameter belongs to a layer.
@@ -73,10 +88,10 @@ def half_freeze(
     parameters = dict(model.named_parameters())
     if not any(place(name).layer is not None for name in parameters):
         raise OptionError("No parameter of the model belongs to a layer, so there is no half to freeze.")
+    chosen = choose(parameters, ratio, level, seed, also, counts)
     for module in model.modules():
         for name in vars(module).pop(_MARK, ()):
             module.get_parameter(name).requires_grad_(True)
-    chosen = choose(parameters, ratio, level, seed, also)
     names = tuple(name for name in parameters if name in chosen)
     for name in names:
         parameter = parameters[name]
@@ -85,5 +100,8 @@ def half_freeze(
             vars(model.get_submodule(path)).setdefault(_MARK, []).append(own)
         parameter.requires_grad_(False)
         parameter.grad = None
-    frozen = sum(parameters[name].numel() for name in names)
-    return Freeze(ratio, level, seed, names, frozen, sum(parameter.numel() for parameter in parameters.values()))
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    frozen = sum(sizes[name] for name in names)
+    inner = [name for name in parameters if place(name).layer is not None]
+    trained = sum(sizes[name] for name in inner if parameters[name].requires_grad)
+    return Freeze(ratio, level, seed, names, frozen, sum(sizes.values()), sum(sizes[name] for name in inner), trained)

@@ -16,6 +16,7 @@ from surgery.display import Words, new_console, new_progress, new_table, show_js
 from surgery.text import brief, fixed, readable, share
 
 FIRST = 1
+SHARES = ("share", "trainable")  # of what is frozen: of all entries; of the layers' that is trained
 
 
 class Screen:
@@ -62,6 +63,20 @@ class Screen:
         says = f"loss {logs['loss']:.3f} lr {logs.get('learning_rate', 0.0):.1e}{speed}"
         self.bar.update(self.bar.task_ids[-1], completed=step, says=says)
 
+    def show_plan(self, found: dict[str, Any]) -> None:
+        """Print what a training would do."""
+        if not self.leads:
+            return
+        if self.quiet:
+            show_json(found)
+            return
+        table = new_table("Round", "Rows", "Held out", "Frozen", "Trained of the layers")
+        for number, round in enumerate(found["rounds"], FIRST):
+            frozen = round["frozen"]
+            shares = [share(frozen[key], 2) if frozen else {"share": "0%", "trainable": "100%"}[key] for key in SHARES]
+            table.add_row(str(number), f"{round['rows']:,}", f"{round['held_out']:,}", *shares)
+        new_console().print(table)
+
     def show(self, report: dict[str, Any], out: Path) -> None:
         """Print the report of a run and the path of its output."""
         if not self.leads:
@@ -88,7 +103,10 @@ class Screen:
             self._show_continual(console, report)
         frozen = report["rounds"][-1]["frozen"]
         if frozen:
-            console.print(f"Frozen in the last round: {share(frozen['share'], 2)} of all entries.")
+            console.print(
+                f"Frozen in the last round: {share(frozen['share'], 2)} of all entries. Trained: "
+                f"{share(frozen['trainable'], 2)} of the layers'."
+            )
         totals = report["totals"]
         changed = share(totals["differ"] / totals["entries"], 2)
         console.print(f"D from the start: {brief(totals['distance_after'])}; entries that changed: {changed}")

@@ -24,6 +24,7 @@ from surgery.checkpoint.tensor import Tensor, read_bytes
 from surgery.errors import CheckpointError, out_of_memory, reason
 from surgery.layout import align, place, tower
 from surgery.model import pretrained
+from surgery.model.skeleton import read_config
 from surgery.model.weights import main_dtype
 
 if TYPE_CHECKING:
@@ -77,10 +78,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise CheckpointError(
-            f"{checkpoint.folder}: transformers cannot build a language model of it ({reason(error)}). Its architecture must be "
-            "one that transformers itself knows."
-        ) from error
+        raise _not_built(checkpoint, error) from error
     missing = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
     if missing:
         raise CheckpointError(
@@ -89,6 +87,31 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
         )
     built: PreTrainedModel = model
     return built
+
+
+def blank_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the model without its weights, on the meta device, which takes no memory.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM  # untyped
+    config = read_config(checkpoint.folder)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise _not_built(checkpoint, error) from error
+    return model
+
+
+def _not_built(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.folder}: transformers cannot build a language model of it ({reason(error)}). Its architecture must be "
+        "one that transformers itself knows."
+    )
 
 
 def load_tokenizer(folder: Path, *, chat: bool) -> PreTrainedTokenizerBase:

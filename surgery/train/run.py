@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.output import check_output
 from surgery.data.records import local
-from surgery.data.rows import Data, Row, read
+from surgery.data.rows import Row, read
 from surgery.errors import OptionError, SurgeryError, out_of_memory
 from surgery.layout import tower
-from surgery.train.data import begun_once, hold_out, parted_prompts, replayed
+from surgery.train.data import begun_once, parted_prompts, replayed
+from surgery.train.plan import NOBODY, Observer, Round, check_libraries, freeze, read_round
 from surgery.train.processes import find
 from surgery.train.settings import Settings
 from surgery.train.work import STATE, Work
@@ -28,36 +28,13 @@ if TYPE_CHECKING:
     from surgery.train.trainer import Dpo, Sft
 
 
-@dataclass(frozen=True)
-class Observer:
-    """The functions that a run calls to show its progress.
-
-    Attributes:
-        say: a sentence.
-        step: round (from 1) of how many, step of how many, and the step's loss, learning_rate and num_tokens.
-    """
-
-    say: Callable[[str], None] = lambda _: None
-    step: Callable[[int, int, int, int, dict[str, float]], None] = lambda *_: None
-
-
-@dataclass
-class Round:
-    """The data of one round, and its results."""
-
-    data: Data
-    rows: list[Row]
-    held_out: list[Row]
-    report: dict[str, Any] = field(default_factory=dict)
-
-
 def train(
     settings: Settings,
     *,
     force: bool = False,
     resume: bool = False,
     command: Sequence[str] = (),
-    observer: Observer = Observer(),
+    observer: Observer = NOBODY,
 ) -> dict[str, Any]:
     """Train a model and write it.
 
@@ -72,7 +49,7 @@ def train(
     Raises:
         SurgeryError: anything that the user can mend.
     """
-    _check_libraries(settings)
+    check_libraries(settings)
     from surgery.train.model import load_tokenizer, open_model
 
     processes, rank = find(fsdp=settings.fsdp)
@@ -84,7 +61,7 @@ def train(
         out = check_output(settings.out, [checkpoint.folder, *files], force=force)
     else:
         out = Path(os.path.realpath(settings.out.expanduser()))
-    rounds = [_round(settings, name, observer) for name in settings.data]
+    rounds = [read_round(settings, name, observer) for name in settings.data]
     old = read(settings.replay).rows if settings.replay else []
     tokenizer = load_tokenizer(checkpoint.folder, chat=any(round.data.chat for round in rounds))
     with Work(out, settings.as_json(), resume=resume, replace=force, leader=rank == 0) as work, _quiet():
@@ -187,7 +164,7 @@ class _Run:
         for sentence in (said, parted_prompts(self.tokenizer, rows, self.checkpoint.folder)):
             if sentence:
                 self.observer.say(sentence)
-        frozen = self._freeze(model, seed)
+        frozen = freeze(settings, model, seed)
         trainer = build(
             settings,
             model,
@@ -262,16 +239,6 @@ class _Run:
                 trainer._load_from_checkpoint(str(saved))
             trainer.state = state
 
-    def _freeze(self, model: PreTrainedModel, seed: int) -> dict[str, Any] | None:
-        ratio = self.settings.frozen
-        if ratio is None:
-            return None
-        from surgery.optim import half_freeze
-
-        choice = half_freeze(model, ratio=ratio, level=self.settings.level, seed=seed)
-        named = {"ratio": ratio, "level": choice.level, "seed": seed, "share": choice.share}
-        return {**named, "tensors": list(choice.names)}
-
     def _keep(self, number: int, trainer: Sft | Dpo) -> PreTrainedModel:
         """Write the weights of a round, and return the model for the next one."""
         import gc
@@ -318,13 +285,6 @@ class _Run:
         return sharding.gather(model, whole)
 
 
-def _round(settings: Settings, name: str, observer: Observer) -> Round:
-    data = read(name, task=settings.task, prompt=settings.prompt_field, completion=settings.completion_field)
-    observer.say(data.sentence())
-    rows, held_out = hold_out(data.rows, settings.held_out, settings.seed)
-    return Round(data, rows, held_out)
-
-
 def _mixed(rows: list[Row], old: list[Row], settings: Settings, seed: int) -> list[Row]:
     """Return the rows of a round, with those that are replayed."""
     if not old:
@@ -346,15 +306,6 @@ def _score(trainer: Sft | Dpo, rows: list[Row]) -> float:
     from datasets import Dataset
 
     return float(trainer.evaluate(Dataset.from_list(rows))["eval_loss"])
-
-
-def _check_libraries(settings: Settings) -> None:
-    wanted = ["transformers", "trl", "accelerate", "datasets", *(["peft"] if settings.lora else [])]
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        raise OptionError(f"surgery train needs {', '.join(missing)}: pip install 'model-surgery[train]'.")
-    if settings.log != "none" and importlib.util.find_spec(settings.log) is None:
-        raise OptionError(f"`log` {settings.log} needs it installed: pip install {settings.log}.")
 
 
 def _template_error(error: BaseException) -> bool:

@@ -7,15 +7,15 @@ cosine decay, α = 15%. HFT A.2.1: half of the tensors frozen; DPO with learning
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import OptionError
-from surgery.methods.half_reset import LEVELS
+from surgery.methods.half_reset import ALSO, LEVELS
 from surgery.methods.scope import finite, one_of, share
 from surgery.option import option
+from surgery.train.together import check_together
 
 TASKS = ("sft", "dpo")
 OPTIMIZERS = ("adamw", "mofo", "hft", "lion", "sgd")
@@ -29,6 +29,17 @@ TOGETHER = 8
 HELD_OUT = 0.05
 # What may differ between a run and the one that resumes it.
 NEUTRAL = ("log", "save_every")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    words = _words(text)
+    if not all(word.isdigit() for word in words):
+        raise ValueError(f"takes whole numbers with commas between them, such as 1,2, not {text!r}.")
+    return tuple(map(int, words))
 
 
 # Headings of the options.
@@ -121,6 +132,30 @@ class Settings:
         panel=KEEP,
     )
     level: str = option("category", help="hft: draw by category, layer or model, as half-reset.", panel=KEEP)
+    frozen_attention: tuple[int, ...] = option(
+        (),
+        help="hft: freeze so many attention matrices of the first layer, the second, …, over and over.",
+        metavar="COUNTS",
+        shown=False,
+        parse=_counts,
+        panel=KEEP,
+    )
+    frozen_feed_forward: tuple[int, ...] = option(
+        (),
+        help="hft: likewise of the feed-forward matrices: 1,2 takes turns.",
+        metavar="COUNTS",
+        shown=False,
+        parse=_counts,
+        panel=KEEP,
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        help="Freeze what lies outside the layers: embedding, head, norm (the final one), with commas.",
+        metavar="GROUPS",
+        shown=False,
+        parse=_words,
+        panel=KEEP,
+    )
     l1: float = option(0.0, help="λ of a penalty λ ‖θ − θ0‖₁.", panel=KEEP)
     l2: float = option(0.0, help="λ of a penalty λ ‖θ − θ0‖².", panel=KEEP)
     mixout: float = option(
@@ -144,6 +179,8 @@ class Settings:
         choices = {"task": TASKS, "optim": OPTIMIZERS, "schedule": SCHEDULES, "filter": FILTERS, "log": LOGS}
         for name, allowed in {**choices, "dtype": DTYPES, "level": LEVELS}.items():
             one_of(name, getattr(self, name), allowed)
+        for group in self.freeze:
+            one_of("freeze", group, ALSO)
         if self.save_dtype is not None:
             one_of("save_dtype", self.save_dtype, DTYPES)
         for name in ("hft", "replay_ratio", "mixout", "eval_split"):
@@ -163,32 +200,17 @@ class Settings:
                 raise OptionError(f"`{_field(name)}` must be at least {least}, not {value}.")
         if not 0 <= self.seed < 1 << 32:
             raise OptionError(f"`seed` must be from 0 to {(1 << 32) - 1}, not {self.seed}.")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if not self.data:
-            raise OptionError("`data` is missing. Give a .jsonl, .json or .parquet file, or a data set on the hub.")
-        if self.prompt_field is not None and self.completion_field is None:
-            raise OptionError("`prompt_field` needs `completion_field` beside it.")
         if self.mixout == 1 or self.replay_ratio == 1 or self.eval_split == 1:
             raise OptionError("`mixout`, `replay_ratio` and `eval_split` must be below 1.")
-        if self.lora is None and self.keep_adapter:
-            raise OptionError("`keep_adapter` needs `lora` RANK.")
-        if self.lora is not None and (self.frozen is not None or self.l1 or self.l2 or self.mixout):
-            raise OptionError(
-                "`lora` trains no weight of the model itself, so `hft`, `optim` hft, `l1`, `l2` and `mixout` do not go with it."
-            )
-        if self.fsdp and self.mixout:
-            raise OptionError("`mixout` needs whole weights in each process, so it does not go with `fsdp`.")
-        if self.keep_adapter and self.multi:
-            raise OptionError("`keep_adapter` goes with one `data`: each round would need the adapters before it.")
-        if self.task == "dpo":
-            if self.packing or self.replay is not None or self.multi or not self.completion_only:
-                raise OptionError(
-                    "`task` dpo takes one `data`, and neither `packing`, `replay` nor `completion_only` off."
-                )
-            if self.prompt_field is not None or self.completion_field is not None:
-                raise OptionError("`task` dpo reads the fields prompt, chosen and rejected. Rename them in the data.")
+        if not self.data:
+            raise OptionError("`data` is missing. Give a .jsonl, .json or .parquet file, or a data set on the hub.")
+        check_together(self._given())
+
+    def _given(self) -> dict[str, bool]:
+        """Name of an option, or of a value that it has -> whether it is asked for."""
+        own = {field.name: bool(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        other = {"rounds": self.multi, "dpo": self.task == "dpo", "by_level": self.level != "category"}
+        return own | other | {"hft": self.frozen is not None, "all_learnt": not self.completion_only}
 
     @property
     def multi(self) -> bool:
@@ -211,8 +233,14 @@ class Settings:
 
     @property
     def frozen(self) -> float | None:
-        """The share of tensors that is frozen, None where all are trained."""
-        return 0.5 if self.hft is None and self.optim == "hft" else self.hft
+        """The share of the layers' tensors that is frozen, where no count says it; None where all are trained."""
+        return 0.5 if self.hft is None and (self.optim == "hft" or self.frozen_counts) else self.hft
+
+    @property
+    def frozen_counts(self) -> dict[str, tuple[int, ...]]:
+        """Category -> how many of its matrices are frozen, layer by layer."""
+        counts = {"attention": self.frozen_attention, "feed_forward": self.frozen_feed_forward}
+        return {category: numbers for category, numbers in counts.items() if numbers}
 
     @property
     def held_out(self) -> float:
@@ -243,63 +271,10 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values under the options' names, with defaults filled in."""
-        values = dataclasses.asdict(self) | {"data": list(self.data), "out": str(self.out)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        values |= {"out": str(self.out)}
         values |= {"lr": self.rate, "batch_size": self.batch, "hft": self.frozen, "eval_split": self.held_out}
         return {name.replace("_", "-"): value for name, value in values.items()}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file: field of `Settings` -> value.
-
-    Raises:
-        OptionError: it cannot be read, or holds an unknown key or a value of another type.
-    """
-    try:
-        import yaml
-    except ImportError:
-        raise OptionError(f"{path}: reading YAML needs pyyaml: pip install 'model-surgery[train]'.") from None
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be read ({error.strerror or error}). Check `config`.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        line = (str(error).splitlines() or [""])[0]
-        raise OptionError(f"{path}: is not YAML ({line}). Correct it.") from None
-    if not isinstance(found, Mapping):
-        raise OptionError(f"{path}: should hold options, one a line, such as `lr: 2e-5`.")
-    types = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
-    values = dict[str, Any]()
-    for key, value in found.items():
-        name = str(key).replace("-", "_")
-        if name not in types:
-            raise OptionError(f"{path}: {key} is no option of surgery train. See `surgery train --help`.")
-        values[name] = _typed(path, str(key), value, types[name])
-    return values
-
-
-def _typed(path: Path, key: str, value: Any, kind: str) -> Any:
-    optional = kind.endswith(" | None")
-    kind = kind.removesuffix(" | None")
-    if value is None and optional:
-        return None
-    try:
-        if kind == "tuple[str, ...]":
-            return tuple(_typed(path, key, one, "str") for one in (value if isinstance(value, list) else [value]))
-        if kind in ("str", "Path") and isinstance(value, str):
-            return Path(value) if kind == "Path" else value
-        if kind == "bool" and isinstance(value, bool):
-            return value
-        if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        # YAML takes 2e-5 for a string: its numbers need a dot.
-        if kind == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            return float(value)
-    except ValueError:
-        pass
-    raise OptionError(f"{path}: {key} takes {_WORDS.get(kind, kind)}, not {value!r}.")
-
-
-_WORDS = {"str": "text", "Path": "a path", "bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
 def _field(name: str) -> str:

@@ -199,6 +199,17 @@ def test_the_seed_of_a_draw_is_not_that_of_the_calibration(root: Path, capsys: p
     assert labels[2:] == ["half-reset 0.5", "half-reset 0.5 seed 1", "wanda 0.5"]
 
 
+def test_the_levels_of_half_reset_are_swept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--method", "half-reset", "--ratio", "0.5", "--level", "category,layer,model")
+    code, found, err = sweep(capsys, *words)
+    assert (code, err) == (0, "")
+    labels = [row["label"] for row in found["rows"]]
+    assert set(labels[2:]) == {"half-reset 0.5", "half-reset 0.5 level layer", "half-reset 0.5 level model"}
+    assert len({row["fingerprint"] for row in found["rows"][2:]}) == 3
+    code, _, err = sweep(capsys, *words[:-1], "row")
+    assert (code, err) == (1, "error: --level must be one of category, layer, model, not 'row'.\n")
+
+
 def test_wanda_is_calibrated_once(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

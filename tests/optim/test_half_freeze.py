@@ -151,3 +151,41 @@ def test_what_cannot_be_meant_is_refused_and_changes_nothing() -> None:
     with pytest.raises(OptionError, match="belongs to a layer"):
         half_freeze(nn.Linear(2, 2))
     assert frozen(copy.deepcopy(model)) == before
+
+
+# Matrices of attention + feed-forward that are trained -> the paper's subscript (its Tables 3, 8 and 9), in percent.
+TABLE_8 = {
+    ((3,), (3,)): 8.3,
+    ((4,), (2,)): 22.3,
+    ((3,), (2,)): 30.6,
+    ((2,), (2,)): 38.9,
+    ((2,), (1, 2)): 50.0,
+    ((2,), (1,)): 61.1,
+    ((1,), (1,)): 69.4,
+    ((0,), (1,)): 77.7,
+    ((1,), (0,)): 91.7,
+    ((0,), (0,)): 100.0,
+}
+
+
+def test_counts_of_matrices_give_the_papers_shares_of_llama_2_7b() -> None:
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig())  # whose defaults are that model's
+    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
+    for (attention, feed_forward), share in TABLE_8.items():
+        choice = half_freeze(model, counts={"attention": attention, "feed_forward": feed_forward})
+        assert round(100 * choice.trainable, 1) == share, (attention, feed_forward)
+        for layer in range(32):
+            names = [name for name in choice.names if f".{layer}." in name]
+            assert sum("self_attn" in name for name in names) == attention[layer % len(attention)]
+            assert sum("mlp" in name for name in names) == feed_forward[layer % len(feed_forward)]
+            assert sum("layernorm" in name for name in names) == 1
+
+
+def test_more_matrices_than_a_layer_has_are_refused_and_nothing_changes() -> None:
+    model = llama()
+    half_freeze(model, seed=1)
+    before = frozen(model)
+    with pytest.raises(OptionError, match="Layer 0 has 4 attention matrices, so 5 of them"):
+        half_freeze(model, counts={"attention": (5,)})
+    assert frozen(model) == before

@@ -203,6 +203,30 @@ def test_hft_leaves_what_half_reset_would_reset_bit_for_bit(base: Path, data: Pa
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
+def test_counts_and_groups_that_are_frozen_are_planned_and_keep_their_bits(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--frozen-attention", "3", "--frozen-feed-forward", "1,2", "--freeze", "embedding,head", "--warmup", "0")
+    assert surgery_train(model, data, tmp_path / "out", *more, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)["rounds"][0]
+    assert not left(tmp_path)
+    assert surgery_train(model, data, tmp_path / "out", *more, "--dry-run") == 0
+    assert "Trained of the layers" in capsys.readouterr().out
+    assert surgery_train(model, data, tmp_path / "out", *more) == 0
+    found = report(tmp_path / "out")["rounds"][0]["frozen"]
+    assert found == planned["frozen"]
+    counts = changed(model, tmp_path / "out")
+    assert set(found["tensors"]) == {name for name, count in counts.items() if not count}
+    for layer in range(3):
+        names = [name for name in found["tensors"] if f"layers.{layer}." in name]
+        assert sum("self_attn" in name for name in names) == 3
+        assert sum("mlp" in name for name in names) == (1, 2)[layer % 2]
+    assert {"model.embed_tokens.weight", "lm_head.weight"} < set(found["tensors"])
+    sizes = {name: tensor.numel() for name, tensor in weights(model).items() if "layers" in name}
+    trained = sum(size for name, size in sizes.items() if name not in found["tensors"])
+    assert found["trainable"] == pytest.approx(trained / sum(sizes.values()))
+
+
 def test_the_dtype_of_the_result_can_be_chosen(model: Path, data: Path, tmp_path: Path) -> None:
     more = ("--dtype", "bfloat16", "--save-dtype", "bfloat16")
     assert surgery_train(model, data, tmp_path / "out", *more) == 0
@@ -531,6 +555,10 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_state(
         (("--hft", "1.5"), "--hft must be between 0 and 1"),
         (("--keep-adapter",), "--keep-adapter needs --lora"),
         (("--lora", "4", "--l2", "1"), "do not go with it"),
+        (("--frozen-attention", "5"), "Lower --frozen-attention"),
+        (("--frozen-attention", "2", "--level", "layer"), "--frozen-attention counts matrices of a category"),
+        (("--frozen-feed-forward", "1,x"), "--frozen-feed-forward takes whole numbers"),
+        (("--freeze", "mlp"), "--freeze must be one of"),
         (("--seq-len", "3"), "every prompt alone fills --seq-len 3"),
         (("--task", "dpo"), "known are prompt, chosen, rejected"),
         (("--plot", "scores.png"), "--plot draws the scores of several tasks"),

@@ -1,0 +1,65 @@
+"""Which options of a training do not go together, and why: known, and said, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from surgery.errors import OptionError
+
+# (options that are not given together, the sentence that says why)
+APART: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("lora", "hft"),
+        "`lora` trains no weight of the model itself, so `hft`, `optim` hft, `l1`, `l2` and `mixout` do not go with it.",
+    ),
+    *(
+        (
+            ("lora", name),
+            "`lora` trains no weight of the model itself, so `hft`, `optim` hft, `l1`, `l2` and `mixout` do not go with it.",
+        )
+        for name in ("l1", "l2", "mixout")
+    ),
+    (("lora", "freeze"), "`lora` trains no weight of the model itself, so there is nothing to `freeze`."),
+    (("mixout", "fsdp"), "`mixout` needs whole weights in each process, so it does not go with `fsdp`."),
+    (
+        ("keep_adapter", "rounds"),
+        "`keep_adapter` goes with one `data`: each round would need the adapters before it.",
+    ),
+    *(
+        (
+            ("dpo", name),
+            "`task` dpo takes one `data`, and neither `packing`, `replay` nor `completion_only` off.",
+        )
+        for name in ("packing", "replay", "rounds", "all_learnt")
+    ),
+    *(
+        (("dpo", name), "`task` dpo reads the fields prompt, chosen and rejected. Rename them in the data.")
+        for name in ("prompt_field", "completion_field")
+    ),
+    *(
+        (("by_level", name), f"`{name}` counts matrices of a category, so it needs `level` category.")
+        for name in ("frozen_attention", "frozen_feed_forward")
+    ),
+)
+# (an option, what it needs one of, the sentence)
+NEEDED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("prompt_field", ("completion_field",), "`prompt_field` needs `completion_field` beside it."),
+    ("keep_adapter", ("lora",), "`keep_adapter` needs `lora` RANK."),
+)
+
+
+def check_together(given: Mapping[str, bool]) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        given: name of an option, or of a value that it has -> whether it is asked for.
+
+    Raises:
+        OptionError: some do not go together, or one needs another.
+    """
+    for names, sentence in APART:
+        if all(given[name] for name in names):
+            raise OptionError(sentence)
+    for name, others, sentence in NEEDED:
+        if given[name] and not any(given[other] for other in others):
+            raise OptionError(sentence)
