@@ -207,6 +207,14 @@ def head_beside(embedding: str) -> str:
     return ("language_model." if embedding.startswith("language_model.model.") else "") + "lm_head.weight"
 
 
+_FUSED = _module(r"qkv_proj|query_key_value|c_attn|wqkv")
+
+
+def holds_q_k_v(name: str) -> bool:
+    """Whether a tensor holds the queries', keys' and values' projections in one: qkv_proj, query_key_value, c_attn, Wqkv."""
+    return bool(_FUSED.search(unwrapped(name).lower()))
+
+
 _KEY_VALUE = _any(r"k_proj|v_proj|k_norm|v_norm|kv_proj|key_proj|value_proj")
 
 

@@ -5,7 +5,10 @@ where it began. `surgery.optim.update` has the formulas.
 
 Where the paper leaves something open: α·n is rounded up; ties go to the lowest index (its Remark 1); decoupled weight decay is
 for the updated entries only, so that every other entry keeps its bits; one-dimensional tensors are filtered too (its D.4), other
-than in the authors' code. An entry whose momentum is NaN counts as the smallest.
+than in the authors' code; Q, K and V are filtered apart where a model stores them in one tensor (`blocks`). An entry whose
+momentum is NaN counts as the smallest.
+
+`form="gd"` is the filter on plain gradient descent: θ ← θ − lr · g ⊙ FLT_α(g), greedy block coordinate descent as such.
 
 Memory: AdamW's two moments in float32, whatever the parameters' type, and in a step a few tensors more. The time of a
 step on a CPU, beside torch's fused AdamW, is in docs/benchmarks.md.
@@ -14,7 +17,7 @@ step on a CPU, beside torch's fused AdamW, is in docs/benchmarks.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
@@ -26,11 +29,14 @@ from torch.optim.optimizer import ParamsT
 
 from surgery.errors import OptionError
 from surgery.methods.scope import finite, one_of
+from surgery.optim.blocks import Blocks
 from surgery.optim.largest import CHUNK
+from surgery.optim.part import parts
 from surgery.optim.piece import is_spread, piece_of
 from surgery.optim.update import DTYPES, Update, on_cpu, on_device
 
 FILTERS = ("momentum", "gradient", "mv", "random")
+FORMS = ("adam", "gd")
 ROUNDINGS = ("nearest", "stochastic", "master")
 # What FSDP1 and DeepSpeed ZeRO-3 leave on a parameter that they flatten or take away.
 _FLATTENED = ("_is_flat_param", "_fsdp_flattened", "ds_id")
@@ -56,6 +62,8 @@ class MoFO(torch.optim.Optimizer):
         rounding: of a bfloat16 or float16 parameter. "nearest": small updates get lost; "stochastic": up or down by chance, only
             for bfloat16; "master": state keeps a float32 copy, which takes the updates.
         seed: of "random" and "stochastic". What they draw depends on the seed, the step, and the entry alone.
+        form: "adam", or "gd": θ ← θ − lr · g for the ⌈α·n⌉ entries of the largest |g|, with no moments.
+        blocks: parameter -> the blocks that it holds, each of which is filtered by itself: see `surgery.optim.fused_blocks`.
 
     Raises:
         OptionError: an argument outside its range, a parameter that is not floating point, or one that was flattened by FSDP1 or
@@ -75,7 +83,10 @@ class MoFO(torch.optim.Optimizer):
         *,
         rounding: str = "nearest",
         seed: int = 0,
+        form: str = "adam",
+        blocks: Mapping[torch.Tensor, Blocks] | None = None,
     ) -> None:
+        self._blocks = dict(blocks or {})
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -86,6 +97,7 @@ class MoFO(torch.optim.Optimizer):
             "filter_1d": filter_1d,
             "rounding": rounding,
             "seed": seed,
+            "form": form,
         }
         super().__init__(params, defaults)
 
@@ -100,6 +112,7 @@ class MoFO(torch.optim.Optimizer):
             raise
         # To notice that a wrapper has put something else in the place of the parameters.
         group["dims"] = [p.ndim for p in group["params"]]
+        group["blocks"] = [self._blocks.get(p) for p in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of `state_dict()`. The moments keep their dtype, also for parameters of 16 bits."""
@@ -131,61 +144,75 @@ class MoFO(torch.optim.Optimizer):
         ordinal = -1
         for group in self.param_groups:
             _check_whole(group)
-            for p in group["params"]:
+            for p, blocks in zip(group["params"], group["blocks"], strict=True):
                 ordinal += 1
                 if p.grad is None or p.numel() == 0:
                     continue
-                update, write_back = self._update(group, p, ordinal)
-                on_host = update.param.device.type == "cpu" and update.m.dtype == torch.float32
-                if on_host and update.piece is None and write_back is None:
-                    alone.append(update)
-                    continue
-                if on_host:
-                    on_cpu(update, map)
-                else:
-                    on_device(update)
-                if write_back:
-                    write_back()
+                for update, write_back in self._updates(group, p, blocks, ordinal):
+                    on_host = update.param.device.type == "cpu" and update.m.dtype == torch.float32
+                    if not on_host or update.form == "gd":
+                        on_device(update)
+                    elif update.piece is not None:
+                        on_cpu(update, map)
+                    elif write_back is None:
+                        alone.append(update)
+                    else:
+                        _in_threads([update])
+                    if write_back:
+                        write_back()
         _in_threads(alone)
         return loss
 
-    def _update(
-        self, group: dict[str, Any], p: torch.Tensor, ordinal: int
-    ) -> tuple[Update, Callable[[], object] | None]:
-        """Return the update of a parameter, and a function that copies the result into a parameter that is not contiguous."""
+    def _updates(
+        self, group: dict[str, Any], p: torch.Tensor, blocks: Blocks | None, ordinal: int
+    ) -> Iterator[tuple[Update, Callable[[], object] | None]]:
+        """The updates of a parameter, one a block, each with a function that copies its result back where it is of a copy."""
         if p.grad is None or p.grad.layout != torch.strided:
             raise OptionError("MoFO takes no sparse gradient; make the embedding with sparse=False.")
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.tensor(0.0)
+        state = self._state(group, p)
+        state["step"] += 1
+        step, gradient = int(state["step"]), p.grad
+        if is_spread(p) and gradient.placements != p.placements:  # type: ignore[attr-defined]
+            gradient = gradient.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+        held = {"param": _local(p), "gradient": _local(gradient)}
+        # Without moments the momentum is the gradient.
+        held |= {"m": held["gradient"], "v": held["gradient"]} if group["form"] == "gd" else {}
+        names = {"exp_avg": "m", "exp_avg_sq": "v", "master": "master"}
+        held |= {name: _local(state[key]) for key, name in names.items() if key in state}
+        for number, part in enumerate(parts(held, piece_of(p), tuple(p.shape), blocks)):
+            n = part.piece.size if part.piece else part.tensors["param"].numel()
+            if n == 0:
+                continue
+            flat = {name: tensor.reshape(-1) for name, tensor in part.tensors.items()}
+            update = Update(
+                **flat,
+                k=how_many(group["alpha"], n) if p.ndim != 1 or group["filter_1d"] else n,
+                piece=part.piece,
+                step=step,
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                score=group["filter"],
+                form=group["form"],
+                stochastic=group["rounding"] == "stochastic" and p.dtype == torch.bfloat16,
+                key=(group["seed"], ordinal, step, *([number] if blocks else [])),
+            )
+            yield update, part.write_back(flat)
+
+    def _state(self, group: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter, made where there is none yet."""
+        state: dict[str, Any] = self.state[p]
+        if state:
+            return state
+        state["step"] = torch.tensor(0.0)
+        if group["form"] == "adam":
             wide = torch.float64 if p.dtype == torch.float64 else torch.float32
             state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
-            if group["rounding"] == "master" and p.element_size() < 4:
-                state["master"] = p.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        state["step"] += 1
-        step, gradient, local = int(state["step"]), p.grad, _local(p)
-        if is_spread(p) and gradient.placements != p.placements:  # type: ignore[attr-defined]
-            gradient = gradient.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-        update = Update(
-            param=local.reshape(-1),
-            gradient=_local(gradient).reshape(-1),
-            m=_local(state["exp_avg"]).view(-1),
-            v=_local(state["exp_avg_sq"]).view(-1),
-            master=_local(state["master"]).view(-1) if "master" in state else None,
-            k=how_many(group["alpha"], p.numel()) if p.ndim != 1 or group["filter_1d"] else p.numel(),
-            piece=piece_of(p),
-            step=step,
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            score=group["filter"],
-            stochastic=group["rounding"] == "stochastic" and p.dtype == torch.bfloat16,
-            key=(group["seed"], ordinal, step),
-        )
-        flat = update.param
-        return update, None if local.is_contiguous() else lambda: local.copy_(flat.view_as(local))
+        if group["rounding"] == "master" and p.element_size() < 4:
+            state["master"] = p.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return state
 
 
 def how_many(alpha: float, n: int) -> int:
@@ -226,6 +253,11 @@ def _check(group: dict[str, Any]) -> None:
         )
     one_of("filter", group["filter"], FILTERS)
     one_of("rounding", group["rounding"], ROUNDINGS)
+    one_of("form", group["form"], FORMS)
+    if group["form"] == "gd" and group["filter"] == "mv":
+        raise OptionError(
+            'form="gd" keeps no moments, so filter="mv" cannot be had; use "momentum", "gradient" or "random".'
+        )
     for p in group["params"]:
         if p.dtype not in DTYPES and p.dtype != torch.float64:
             raise OptionError(f"MoFO takes parameters in float32, float64, bfloat16 or float16, not in {p.dtype}.")

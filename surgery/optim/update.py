@@ -41,15 +41,15 @@ class Update:
         piece: what part of the whole tensor this is; None: all.
         step: t, from 1.
         score: "momentum", "gradient", "mv" or "random".
+        form: "adam"; or "gd", whose m is the gradient, and v nothing that is looked at.
         stochastic: round up or down to bfloat16 by chance, in proportion to the distance.
-        key: seed, ordinal of the parameter and step, of the random numbers.
+        key: seed, ordinal of the parameter, step, and number of the block where there are several, of the random numbers.
     """
 
     param: torch.Tensor
     gradient: torch.Tensor
     m: torch.Tensor
     v: torch.Tensor
-    master: torch.Tensor | None
     k: int
     piece: Piece | None
     step: int
@@ -59,7 +59,9 @@ class Update:
     weight_decay: float
     score: str
     stochastic: bool
-    key: tuple[int, int, int]
+    key: tuple[int, ...]
+    master: torch.Tensor | None = None
+    form: str = "adam"
 
     @property
     def all(self) -> bool:
@@ -160,21 +162,25 @@ def _array(tensor: torch.Tensor) -> Array:
 
 
 def on_device(update: Update) -> None:
-    """Do the step of a parameter of any floating type on any device; torch's fused AdamW does the arithmetic."""
-    param, m, v, dtype = update.param, update.m, update.v, update.m.dtype
+    """Do the step of a parameter of any floating type on any device; torch's fused AdamW does Adam's arithmetic."""
+    param, m = update.param, update.m
+    dtype = m.dtype if update.form == "adam" or m.dtype == torch.float64 else torch.float32
     target = param if update.master is None else update.master
     values, gradient = target.to(dtype, copy=True), update.gradient.to(dtype)
-    adamw(
-        *([values], [gradient], [m], [v], [], [torch.full((), update.step - 1.0, device=m.device)]),
-        fused=m.device.type in FUSED,
-        amsgrad=False,
-        beta1=update.betas[0],
-        beta2=update.betas[1],
-        lr=update.lr,
-        weight_decay=update.weight_decay,
-        eps=update.eps,
-        maximize=False,
-    )
+    if update.form == "gd":
+        values.mul_(1 - update.lr * update.weight_decay).sub_(gradient, alpha=update.lr)
+    else:
+        adamw(
+            *([values], [gradient], [m], [update.v], [], [torch.full((), update.step - 1.0, device=m.device)]),
+            fused=m.device.type in FUSED,
+            amsgrad=False,
+            beta1=update.betas[0],
+            beta2=update.betas[1],
+            lr=update.lr,
+            weight_decay=update.weight_decay,
+            eps=update.eps,
+            maximize=False,
+        )
     if not update.all:
         torch.where(_mask(update, gradient), values, target.to(dtype), out=values)
     if update.master is not None:
@@ -187,9 +193,9 @@ def on_device(update: Update) -> None:
 
 
 def _mask(update: Update, gradient: torch.Tensor) -> torch.Tensor:
-    if update.score == "momentum":
+    if update.score == "momentum" and update.form == "adam":
         scores = update.m
-    elif update.score == "gradient":
+    elif update.score in ("momentum", "gradient"):
         scores = gradient
     elif update.score == "mv":
         scores = torch.where(update.m == 0, 0, update.m / update.v.sqrt())

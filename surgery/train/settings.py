@@ -19,8 +19,9 @@ from surgery.train.together import check_together
 
 TASKS = ("sft", "dpo")
 OPTIMIZERS = ("adamw", "mofo", "hft", "lion", "sgd")
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "sqrt")
 FILTERS = ("momentum", "gradient", "mv", "random")
+FORMS = ("adam", "gd")
 DTYPES = ("float32", "bfloat16")
 LOGS = ("none", "tensorboard", "wandb")
 # Sequences that go through the model together where --accumulation is not given.
@@ -114,7 +115,7 @@ class Settings:
         panel=STEPS,
     )
     lr: float | None = option(None, help="Peak learning rate.", shown="2e-5, with LoRA 1e-4, dpo 5e-7", panel=OPTIM)
-    schedule: str = option("cosine", help="After the warm-up: cosine, linear or constant.", panel=OPTIM)
+    schedule: str = option("cosine", help="After the warm-up: cosine, linear, constant, or sqrt (η / √t).", panel=OPTIM)
     warmup: float = option(0.03, help="Steps of warm-up, or below 1 their share.", panel=OPTIM)
     weight_decay: float = option(0.0, help="Of matrices, decoupled.", panel=OPTIM)
     clip: float = option(1.0, help="Largest norm of the gradient; 0 for any.", panel=OPTIM)
@@ -123,6 +124,9 @@ class Settings:
         "momentum",
         help="mofo: which entries, those of the largest momentum, gradient, mv (m / √v), or random.",
         panel=OPTIM,
+    )
+    form: str = option(
+        "adam", help="mofo: what moves the entries, [b]adam[/b], or [b]gd[/b], plain gradient descent.", panel=OPTIM
     )
     hft: float | None = option(
         None,
@@ -176,7 +180,14 @@ class Settings:
     log: str = option("none", help="none, tensorboard or wandb.", panel=OUTPUT)
 
     def __post_init__(self) -> None:
-        choices = {"task": TASKS, "optim": OPTIMIZERS, "schedule": SCHEDULES, "filter": FILTERS, "log": LOGS}
+        choices = {
+            "task": TASKS,
+            "optim": OPTIMIZERS,
+            "schedule": SCHEDULES,
+            "filter": FILTERS,
+            "form": FORMS,
+            "log": LOGS,
+        }
         for name, allowed in {**choices, "dtype": DTYPES, "level": LEVELS}.items():
             one_of(name, getattr(self, name), allowed)
         for group in self.freeze:
@@ -210,6 +221,7 @@ class Settings:
         """Name of an option, or of a value that it has -> whether it is asked for."""
         own = {field.name: bool(getattr(self, field.name)) for field in dataclasses.fields(self)}
         other = {"rounds": self.multi, "dpo": self.task == "dpo", "by_level": self.level != "category"}
+        other |= {"gd": self.form == "gd", "mv": self.filter == "mv", "mofo": self.optim == "mofo"}
         return own | other | {"hft": self.frozen is not None, "all_learnt": not self.completion_only}
 
     @property

@@ -36,6 +36,7 @@ APART: tuple[tuple[tuple[str, ...], str], ...] = (
         (("dpo", name), "`task` dpo reads the fields prompt, chosen and rejected. Rename them in the data.")
         for name in ("prompt_field", "completion_field")
     ),
+    (("gd", "mv"), "`form` gd keeps no moments, so `filter` mv does not go with it."),
     *(
         (("by_level", name), f"`{name}` counts matrices of a category, so it needs `level` category.")
         for name in ("frozen_attention", "frozen_feed_forward")
@@ -44,6 +45,7 @@ APART: tuple[tuple[tuple[str, ...], str], ...] = (
 # (an option, what it needs one of, the sentence)
 NEEDED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("prompt_field", ("completion_field",), "`prompt_field` needs `completion_field` beside it."),
+    ("gd", ("mofo",), "`form` gd is a form of MoFO: give `optim` mofo, or `optim` sgd for gradient descent as such."),
     ("keep_adapter", ("lora",), "`keep_adapter` needs `lora` RANK."),
 )
 

@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from surgery.data.rows import Row
 from surgery.errors import OptionError
+from surgery.optim import MoFO, fused_blocks
 from surgery.train import sharding
 from surgery.train.anchor import Anchor
 from surgery.train.settings import Settings
@@ -24,7 +25,7 @@ from surgery.train.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup", "sqrt": "inverse_sqrt"}
 # A logged step: its number, of how many, and what the trainer says of it.
 Advance = Callable[[int, int, dict[str, float]], None]
 
@@ -46,6 +47,14 @@ class _Glue:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: surgery writes a model card of its own."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer. MoFO is told which parameters hold several blocks, as they are now: sharding replaces them."""
+        inner: Any = self
+        kind, options = inner.optimizer_cls_and_kwargs
+        if kind is MoFO:
+            inner.optimizer_cls_and_kwargs = kind, {**options, "blocks": fused_blocks(inner.model)}
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.anchor is None:
@@ -161,6 +170,9 @@ def build(
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.rate,
         "lr_scheduler_type": SCHEDULERS[settings.schedule],
+        "lr_scheduler_kwargs": {"timescale": 1}
+        if settings.schedule == "sqrt"
+        else None,  # η / √t, t = 1 after the warm-up
         "warmup_steps": settings.warmup if settings.warmup < 1 else int(settings.warmup),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.clip,
@@ -214,9 +226,8 @@ def build(
 def optimizer(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Return the optimizer's class and arguments; the trainer adds the parameters and their weight decay."""
     if settings.optim == "mofo":
-        from surgery.optim import MoFO
-
-        return MoFO, {"lr": settings.rate, "alpha": settings.alpha, "filter": settings.filter, "seed": settings.seed}
+        names = ("alpha", "filter", "form", "seed")
+        return MoFO, {"lr": settings.rate, **{name: getattr(settings, name) for name in names}}
     if settings.optim == "lion":
         from surgery.optim.lion import Lion
 

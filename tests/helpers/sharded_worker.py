@@ -30,7 +30,12 @@ CASES: list[tuple[torch.dtype, bool, dict[str, Any]]] = [  # and whether gradien
     (torch.bfloat16, False, {"rounding": "master"}),
     (torch.float64, True, {}),
     (torch.float32, False, {"alpha": 1.0}),
+    (torch.float32, True, {"form": "gd"}),
+    (torch.float32, True, {"blocks": True}),
+    (torch.float32, False, {"blocks": True, "filter": "random"}),
 ]
+# Of each tensor of SHAPES: rows, or columns, that take turns.
+BLOCKS = [None, (1, ((0, 1), (1, 2))), (0, ((0, 2), (1, 1))), (0, ((2, 1), (0, 2), (1, 1)))]
 
 
 def same(sharded: Any, whole: torch.Tensor, about: object) -> None:
@@ -50,7 +55,11 @@ def tensors(mesh: Any, placements: list[Any]) -> None:
         pieces = [nn.Parameter(distribute_tensor(x.clone(), mesh, cut)) for x, cut in zip(starts, cuts, strict=True)]
         wholes = [nn.Parameter(x.clone()) for x in starts]
         settings = {"lr": 0.01, "alpha": 0.15, **options}
-        sharded, single = MoFO(pieces, **settings), MoFO(wholes, **settings)
+        optimizers = []
+        for params in (pieces, wholes):
+            blocks = dict(zip(params, BLOCKS, strict=True)) if settings.get("blocks") else None
+            optimizers.append(MoFO(params, **{**settings, "blocks": blocks}))
+        sharded, single = optimizers
         for step in range(2):
             for piece, whole, cut in zip(pieces, wholes, cuts, strict=True):
                 whole.grad = gradient(tuple(whole.shape), step, ties).to(dtype)

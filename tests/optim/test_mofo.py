@@ -172,6 +172,30 @@ def test_alpha_1_is_adamw(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_form_of_gradient_descent_moves_the_largest_gradients_by_themselves(dtype: torch.dtype) -> None:
+    """θ ← (1 − lr·λ)θ − lr · g for the ⌈α·n⌉ largest |g|, ties to the lowest index; no state but the step's number."""
+    rng = np.random.default_rng(0)
+    theta = rng.normal(size=33)
+    parameter = torch.nn.Parameter(torch.from_numpy(theta).to(dtype))
+    rounding = "master" if dtype in (torch.bfloat16, torch.float16) else "nearest"
+    optimizer = MoFO([parameter], lr=0.125, alpha=0.2, form="gd", weight_decay=0.5, rounding=rounding)
+    theta = parameter.detach().double().numpy().copy()
+    for _ in range(3):
+        gradient = rng.integers(-3, 4, size=33).astype(float)
+        before = bits(parameter)
+        parameter.grad = torch.from_numpy(gradient).to(dtype)
+        optimizer.step()
+        chosen = np.array(filtered(gradient.tolist(), "0.2"))
+        theta = np.where(chosen, theta - 0.125 * 0.5 * theta - 0.125 * gradient, theta)
+        exact = optimizer.state[parameter].get("master", parameter.detach())
+        np.testing.assert_allclose(exact.double().numpy(), theta, rtol=1e-6, atol=1e-6)
+        assert (bits(parameter) == before)[~chosen].all()
+    assert optimizer.state[parameter].keys() <= {"step", "master"}
+    with pytest.raises(OptionError, match="keeps no moments"):
+        MoFO([parameter], form="gd", filter="mv")
+
+
 def test_the_number_of_entries_is_that_of_the_decimal_alpha() -> None:
     assert (0.07 * 100, math.ceil(0.07 * 100)) == (7.000000000000001, 8), "which is why"
     assert [how_many(0.07, 100), how_many(0.15, 20), how_many(0.15, 21), how_many(1e-12, 5), how_many(1, 5)] == [

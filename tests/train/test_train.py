@@ -192,6 +192,38 @@ def test_mofo_changes_alpha_of_each_tensor_where_the_gradient_is_largest(
         torch.testing.assert_close(step.abs(), torch.full_like(step, 1e-2), rtol=1e-2, atol=1e-5)
 
 
+def test_mofo_filters_q_k_and_v_of_one_tensor_apart(data: Path, tmp_path: Path) -> None:
+    """GPT-NeoX (Pythia) has them head by head: [heads, 3, rows of a head, width]."""
+    model = make_model(tmp_path / "neox", family="gpt_neox")
+    more = ("--optim", "mofo", "--alpha", "0.1", "--max-steps", "1", "--warmup", "0", "--schedule", "constant")
+    assert surgery_train(model, data, tmp_path / "out", *more) == 0
+    before, after = weights(model), weights(tmp_path / "out")
+    for name in (name for name in before if "query_key_value.weight" in name):
+        moved = (before[name] != after[name]).view(4, 3, 8, 32)
+        assert [int(moved[:, part].sum()) for part in range(3)] == [math.ceil(0.1 * 32 * 32)] * 3, name
+
+
+def test_the_schedule_of_the_papers_theorem_and_the_form_of_gradient_descent(
+    model: Path, eight: Path, tmp_path: Path
+) -> None:
+    more = ("--optim", "mofo", "--form", "gd", "--alpha", "1", "--schedule", "sqrt", "--lr", "0.1", "--max-steps", "4")
+    assert surgery_train(model, eight, tmp_path / "out", *FULL[:2], *FULL[4:], *more) == 0
+    rates = [step["learning_rate"] for step in report(tmp_path / "out")["rounds"][0]["steps"]]
+    assert rates == pytest.approx([0.1 / math.sqrt(t) for t in (1, 2, 3, 4)])
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    inputs, labels = batch()
+    for rate in rates:
+        logits = net(input_ids=inputs, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        net.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= rate * parameter.grad
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(weights(tmp_path / "out")[name], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_hft_leaves_what_half_reset_would_reset_bit_for_bit(base: Path, data: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", dtype=torch.bfloat16)
     assert surgery_train(model, data, tmp_path / "out", "--optim", "lion", "--hft", "0.5", "--seed", "3") == 0
@@ -558,6 +590,8 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_state(
         (("--frozen-attention", "5"), "Lower --frozen-attention"),
         (("--frozen-attention", "2", "--level", "layer"), "--frozen-attention counts matrices of a category"),
         (("--frozen-feed-forward", "1,x"), "--frozen-feed-forward takes whole numbers"),
+        (("--optim", "mofo", "--form", "gd", "--filter", "mv"), "--form gd keeps no moments"),
+        (("--form", "gd"), "--form gd is a form of MoFO"),
         (("--freeze", "mlp"), "--freeze must be one of"),
         (("--seq-len", "3"), "every prompt alone fills --seq-len 3"),
         (("--task", "dpo"), "known are prompt, chosen, rejected"),
