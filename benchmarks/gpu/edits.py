@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.gpu.record import Record
-from surgery.checkpoint.draft import Sink
+from surgery.checkpoint.sink import Sink
 from surgery.checkpoint.tensor import Reader
 from surgery.editing.job import Job, prepare
 from surgery.editing.run import engines

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -22,13 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.durable import lock, tried
+from surgery.checkpoint.durable import append, lock, tried, unlock
 from surgery.errors import OutputError
 
 # What only some systems have: without it, names are opened by their whole path.
 BY_FOLDER = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 WEIGHTS = ".safetensors"
+JOINING_SECONDS = 60.0  # for which runs that share a folder wait for each other
 # What opening a folder or a marker of somebody else's ends with: a link, no folder, gone meanwhile, closed to us, no plain file.
 NOT_OURS = {
     errno.ELOOP,
@@ -49,10 +51,11 @@ class Beside:
         out: the output.
         ending: which kind of folder it is, such as "surgery-draft".
         marker: name of the marker in it.
+        shared: several runs work in it, and take it only for moments: it is waited for, and has no other name.
     """
 
-    def __init__(self, out: Path, ending: str, marker: str) -> None:
-        self.out, self.ending, self.name = out, ending, marker
+    def __init__(self, out: Path, ending: str, marker: str, *, shared: bool = False) -> None:
+        self.out, self.ending, self.name, self.shared = out, ending, marker, shared
         self.folder = out.with_name(f".{out.name}.{ending}")
         self.made: list[Path] = []  # folders above it, the lowest first
         self.new = False
@@ -76,10 +79,15 @@ class Beside:
             plain.mkdir()
             self.new = True
         others = sorted(path for path in parent.iterdir() if path.name.startswith(f"{plain.name}-"))
-        for self.folder in (plain, *others):
+        candidates = [plain] if self.shared else [plain, *others]
+        for self.folder in candidates:
             found = self._enter()
             if found is not None:
                 return found
+        if self.shared:
+            raise OutputError(
+                f"{plain}: is no draft of surgery, and has its name. Move it away, or choose another `out`."
+            )
         self.folder = plain.with_name(f"{plain.name}-{secrets.token_hex(4)}")
         self.folder.mkdir()
         self.new = True
@@ -103,10 +111,31 @@ class Beside:
     def append(self, lines: bytes) -> None:
         """Add lines to the marker and make them durable."""
         assert self.marker is not None
-        left = memoryview(lines)
-        while left:
-            left = left[os.write(self.marker, left) :]
-        os.fsync(self.marker)
+        append(self.marker, lines)
+
+    def names(self) -> list[str]:
+        """The names in the folder."""
+        return sorted(os.listdir(self.folder))  # noqa: PTH208
+
+    def read(self, name: str) -> bytes:
+        """A file in the folder; nothing where it is not there."""
+        try:
+            file = self.open(name, os.O_RDONLY)
+        except FileNotFoundError:
+            return b""
+        with os.fdopen(file, "rb") as opened:
+            return opened.read()
+
+    def let_others(self) -> None:
+        """Let other runs take a shared folder, which stays open."""
+        assert self.marker is not None
+        unlock(self.marker)
+
+    def take_again(self) -> bool:
+        """Take a shared folder once more, as soon as no other run has it; False if it is gone."""
+        assert self.marker is not None
+        lock(self.marker, seconds=math.inf)
+        return self.stands()
 
     def open(self, name: str, flags: int) -> int:
         """Open a file directly in the folder, never through a link.
@@ -181,7 +210,9 @@ class Beside:
         if names and self.name not in names:
             return None
         self.marker = self.open(self.name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        held = lock(self.marker)
+        held = lock(self.marker, seconds=JOINING_SECONDS if self.shared else 0.0)
+        if self.shared:  # what was written while this was waited for
+            names = os.listdir(self.folder)  # noqa: PTH208
         found = self._read()
         if found and not self._ours(found):
             return None

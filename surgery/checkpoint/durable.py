@@ -5,25 +5,47 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from surgery.errors import OutputError
 
 
-def lock(file: int) -> bool:
-    """Take an open file for this process alone; False where another one has it."""
+def lock(file: int, *, seconds: float = 0.0) -> bool:
+    """Take an open file for this process alone; False where another one has it, and has it still after so many seconds."""
     try:
         import fcntl
     except ImportError:  # no such lock on Windows
         return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.02)
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True
+
+
+def unlock(file: int) -> None:
+    """Let others take a file that stays open."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def append(file: int, lines: bytes) -> None:
+    """Add lines to an open file, and make them durable."""
+    left = memoryview(lines)
+    while left:
+        left = left[os.write(file, left) :]
+    os.fsync(file)
 
 
 def same_file(file: int, path: Path) -> bool:

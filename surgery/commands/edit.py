@@ -15,6 +15,7 @@ from surgery.calibrate.options import Calibration
 from surgery.commands import search
 from surgery.commands.builder import command
 from surgery.commands.shared import FORCE, Checks, Json, Machine, Models
+from surgery.errors import OptionError
 from surgery.methods import METHODS, Method
 from surgery.option import build, flat, option
 
@@ -30,6 +31,12 @@ class Output:
     force: bool = option(False, help=FORCE)
     resume: bool = option(False, help="Continue a run that was killed.")
     dry_run: bool = option(False, help="Show what would be done, and write nothing.")
+    part: str | None = option(
+        None,
+        help="The share of this process: the files of one of so many parts, such as 3/16; torchrun says it by itself. The output "
+        "appears with the last part.",
+        metavar="N/OF",
+    )
     max_shard_size: str | None = option(None, help="Largest file of the output.", shown="as ft is cut, else 5GB")
 
 
@@ -47,16 +54,20 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
     Args:
         parts: the others that `register` gives the command, in this order.
     """
+    from surgery.checkpoint.part import find_part
     from surgery.display import progress
-    from surgery.editing.display import show_plan, show_report
+    from surgery.editing.display import show_outstanding, show_plan, show_report
     from surgery.editing.job import prepare
-    from surgery.editing.run import check_machine, run, taken
+    from surgery.editing.run import Outstanding, check_machine, run_part, taken
     from surgery.interrupt import uninterrupted
 
     *before, output, show, checks, machine = parts
     calibration = next((part for part in before if isinstance(part, Calibration)), None)
     values = {name: value for part in before if part is not calibration for name, value in vars(part).items()}
     label = search.asked(kind, values)
+    part = find_part(output.part)
+    if label and part:
+        raise OptionError("`part` does not go with a search: find the setting first, and give it.")
     method = build(kind, values)
     check_machine(machine.device, machine.workers)
     job = prepare(
@@ -81,8 +92,9 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
         return
     start = time.monotonic()
     with progress(job.reading) as advance:
-        report = run(
+        report = run_part(
             job,
+            part,
             device=machine.device,
             workers=machine.workers,
             resume=output.resume,
@@ -92,6 +104,10 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
         )
     seconds = time.monotonic() - start
     with uninterrupted():  # the output is there: Ctrl-C is too late to say that it is not
+        if isinstance(report, Outstanding):
+            assert part
+            show_outstanding(part, report, job.out, as_json=show.as_json)
+            return
         show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=show.as_json)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.display import new_console, new_table, print_notes, show_json
+from surgery.display import new_console, new_table, print_notes, say, show_json
 from surgery.text import count, duration, fixed, label, share, size
 
 if TYPE_CHECKING:
+    from surgery.checkpoint.part import Part
     from surgery.editing.job import Job
+    from surgery.editing.run import Outstanding
     from surgery.methods.actions import Step
 
 
@@ -70,6 +72,19 @@ def show_report(report: dict[str, Any], out: Path, *, nbytes: int, seconds: floa
     print_notes(console, report["notes"])
     console.print(f"{size(nbytes)} in {duration(seconds)}")
     console.print(f"Wrote {out}", soft_wrap=True)
+
+
+def show_outstanding(part: Part, left: Outstanding, out: Path, *, as_json: bool) -> None:
+    """Print that a part is done, and which others are not."""
+    numbers = [other.number for other in left.parts]
+    if as_json:
+        show_json({"part": part.number, "parts": part.count, "bytes": left.nbytes, "outstanding": numbers})
+        return
+    text = f"Part {part}, {size(left.nbytes)}, is done."
+    if numbers:
+        named = ", ".join(map(str, numbers[:20])) + (", …" if len(numbers) > 20 else "")
+        text += f" {out} appears with the last part; outstanding: {named}."
+    say(text)
 
 
 def _cells(group: dict[str, Any]) -> tuple[str, ...]:

@@ -313,8 +313,14 @@ def identity(job: Job, allow_nonfinite: bool, device: str, command: Sequence[str
         "method": job.method.name,
         "options": {**parameters(job.method), "allow_nonfinite": allow_nonfinite, "device": device},
         "kernels": "C" if native.compiled else "numpy",
-        "command": [word for word in command if word != "--resume"],
+        "command": _repeatable(command),
     }
+
+
+def _repeatable(command: Sequence[str]) -> list[str]:
+    """A command line as a single run that is not resumed has it."""
+    words = [word for word in command if word != "--resume" and not word.startswith("--part=")]
+    return [word for before, word in zip(["", *words], words, strict=False) if "--part" not in (before, word)]
 
 
 def stamps(job: Job) -> dict[str, dict[str, list[Any]]]:

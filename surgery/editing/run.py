@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from surgery import native, provenance
@@ -13,6 +13,7 @@ from surgery.checkpoint.container import Container
 from surgery.checkpoint.draft import Draft
 from surgery.checkpoint.durable import explain
 from surgery.checkpoint.formats.safetensors import INDEX
+from surgery.checkpoint.part import Part
 from surgery.checkpoint.tensor import Sink
 from surgery.editing import report
 from surgery.editing.job import Job, check_unchanged, identity, reading
@@ -40,8 +41,37 @@ def check_machine(device: str, workers: int | None) -> None:
         find_device(device)
 
 
-def run(
+def run(job: Job, **options: Any) -> dict[str, Any]:
+    """Carry a job out in one process and return its report, which is also in the output.
+
+    Args:
+        options: those of `run_part`, but for `part`.
+
+    Raises:
+        SurgeryError: the output or its disk, or numbers that cannot be edited; nothing is left behind.
+        KeyboardInterrupt: Ctrl-C; nothing is left behind.
+    """
+    report = run_part(job, None, **options)
+    assert not isinstance(report, Outstanding)
+    return report
+
+
+@dataclass(frozen=True)
+class Outstanding:
+    """What is said of a part that is done while others are not.
+
+    Attributes:
+        nbytes: that the part has written.
+        parts: which are outstanding; none if another process has just let the output appear.
+    """
+
+    nbytes: int
+    parts: list[Part]
+
+
+def run_part(
     job: Job,
+    part: Part | None,
     *,
     device: str = "auto",
     workers: int | None = None,
@@ -49,10 +79,13 @@ def run(
     allow_nonfinite: bool = False,
     command: Sequence[str] = (),
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Carry a job out and return its report, which is also in the output.
+) -> dict[str, Any] | Outstanding:
+    """Carry out the part of a job that falls to this process.
+
+    The process that ends last lets the output appear and returns its report.
 
     Args:
+        part: the share of this process; None does everything.
         device: "auto" or "cpu" for this machine's processor, which keeps up with its disk; "cuda" or "cuda:N" for a GPU.
         workers: threads; by default one for each core, at most 8.
         resume: continue a killed run with the same inputs, method and options.
@@ -61,19 +94,22 @@ def run(
         advance: called now and then, from this thread, with the number of bytes read since.
 
     Raises:
-        SurgeryError: the output or its disk, or numbers that cannot be edited; nothing is left behind.
-        KeyboardInterrupt: Ctrl-C; nothing is left behind.
+        SurgeryError: the output or its disk, or numbers that cannot be edited; nothing of this part is left behind.
+        KeyboardInterrupt: Ctrl-C; nothing of this part is left behind.
     """
     check_machine(device, workers)
     make_engine = engines(device, allow_nonfinite)
     about = identity(job, allow_nonfinite, device, command)
+    if part is not None:
+        about["parts"] = part.count
     tensors = job.pair.ft.tensors
     shards = {
         file: ([tensors[name] for name in shard.names], shard.metadata) for file, shard in job.container.shards.items()
     }
     extra = sum(path.stat().st_size for path in job.copies.values())
-    with Draft(job.out, shards, about, resume=resume, replace=job.replace, extra=extra) as draft:
-        todo = [step for step in job.steps if step.ft.name not in draft.done]
+    with Draft(job.out, shards, about, resume=resume, replace=job.replace, extra=extra, part=part) as draft:
+        remaining = set(draft.remaining(step.ft.name for step in job.steps))
+        todo = [step for step in job.steps if step.ft.name in remaining]
 
         def work(tick: Tick) -> Callable[[Step], None]:
             engine = make_engine(tick)
@@ -92,6 +128,8 @@ def run(
         except OSError as error:
             raise explain(error, job.out) from error
         check_unchanged(job, about)
+        if not draft.complete():
+            return Outstanding(sum(draft.sizes[name] for name in draft.own), draft.waiting)
         # A resumed run reports the command that began it.
         document = report_of(job, draft.done, device, draft.identity["command"])
         draft.commit(documents(document, job.container) | job.changed, job.copies, document)

@@ -48,6 +48,18 @@ if asked := os.environ.get("SURGERY_KILL"):
             threading.Timer(float(seconds), kill).start()
 
     beside.Beside.append = append_and_kill  # type: ignore[assignment, method-assign]
+    entered = 0
+    append_to = vars(draft)["append"]
+
+    def append_to_part_and_kill(file: int, content: bytes) -> None:
+        """The same of the journal of a part, whose first line is an entry; the last says that it is complete."""
+        global entered
+        append_to(file, content)
+        entered += content.count(b"\n")
+        if entered >= int(lines):
+            threading.Timer(float(seconds), kill).start()
+
+    vars(draft)["append"] = append_to_part_and_kill
     vars(draft)["appear"] = lambda *_, **__: kill()
 
 sys.exit(main())
