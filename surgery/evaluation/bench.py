@@ -21,6 +21,8 @@ from surgery.evaluation.subject import Subject
 from surgery.provenance import versions
 
 if TYPE_CHECKING:
+    import torch
+
     from surgery.model.language_model import LanguageModel
 
 # (label of the model, name of the measure, items done, items in all)
@@ -59,7 +61,8 @@ class Bench:
     Args:
         measures: with names that differ.
         cache: where scores are kept between runs.
-        device, dtype, batch: of the model; see `surgery.model.language_model.LanguageModel`.
+        device, dtype, batch: of the model; see `surgery.model.language_model`. The first model that is scored decides what the
+            dtype "auto" is for all of them.
         observe: told of the progress.
 
     Raises:
@@ -79,12 +82,15 @@ class Bench:
         if importlib.util.find_spec("transformers") is None:
             raise OptionError("Scoring models needs transformers: pip install 'model-surgery[eval]'.")
         from surgery.device import find_device
+        from surgery.model.language_model import named_dtype
 
         if not measures:
             raise OptionError("There is nothing to measure. Give a file or a task with `task` and `general`.")
         names = [measure.name for measure in measures]
         if twice := {name for name in names if names.count(name) > 1}:
             raise OptionError(f"{twice.pop()} is measured twice. Leave one of them out.")
+        if dtype != "auto":
+            named_dtype(dtype)
         self.measures, self.cache, self.observe = measures, Cache(cache), observe
         self.device, self.dtype, self.batch = find_device(device), dtype, batch
         self._folder = tempfile.TemporaryDirectory(prefix="surgery-")
@@ -92,6 +98,7 @@ class Bench:
         self._surroundings = ""
         self._held: Subject | None = None
         self._base: _Known | None = None
+        self._computing: torch.dtype | None = None
 
     def __enter__(self) -> Bench:
         return self
@@ -134,6 +141,7 @@ class Bench:
 
     def _score(self, subject: Subject, surroundings: str, only: Mapping[str, Sequence[int]] | None) -> Scored:
         self.observe(subject.label, "reading", 0, 0)
+        self._dtype(subject)
         model = _Known(subject, surroundings, self._fingerprint(subject, surroundings))
         if self._base is None:
             self._base = model
@@ -203,7 +211,7 @@ class Bench:
                 folder.mkdir()
                 subject.lay_out(folder)
             self._model = LanguageModel(
-                folder, subject.checkpoint, device=self.device, dtype=self.dtype, batch=self.batch
+                folder, subject.checkpoint, device=self.device, dtype=self._dtype(subject), batch=self.batch
             )
             self._surroundings = surroundings
         elif self._held is not subject and self._model.fingerprint != fingerprint:
@@ -216,6 +224,14 @@ class Bench:
             )
         return self._model
 
+    def _dtype(self, subject: Subject) -> torch.dtype:
+        """The type that all models are computed in."""
+        from surgery.model.language_model import computing_dtype
+
+        if self._computing is None:
+            self._computing = computing_dtype(self.dtype, self.device, subject.checkpoint)
+        return self._computing
+
     def _laid_out(self, surroundings: str) -> Path:
         return Path(self._folder.name) / surroundings
 
@@ -225,6 +241,6 @@ class Bench:
             "beside": surroundings,
             "measure": measure.settings,
             "device": self.device.type,
-            "dtype": self.dtype,
+            "dtype": str(self._computing),
             "versions": {**versions(), "transformers": version("transformers")},
         }

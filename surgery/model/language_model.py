@@ -30,6 +30,39 @@ CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def computing_dtype(asked: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The type to compute in: "auto" is the checkpoint's own where the device has matrix units for it, else float32.
+
+    A GPU has them for every type, a processor for bfloat16 at most (Intel's AMX). Without them bfloat16 is slower than float32.
+
+    Raises:
+        OptionError: no such type is known.
+        CheckpointError: the checkpoint holds no floating-point tensor.
+    """
+    if asked != "auto":
+        return named_dtype(asked)
+    own = main_dtype(checkpoint.tensors.values())
+    if device.type == "cpu":
+        return own if own == torch.bfloat16 and bfloat16_units() else torch.float32
+    return own
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The type that `dtype` names.
+
+    Raises:
+        OptionError: no such type is known.
+    """
+    if name not in DTYPES:
+        raise OptionError(f"`dtype` is auto, {', '.join(DTYPES)}, not {name}.")
+    return DTYPES[name]
+
+
+def bfloat16_units() -> bool:
+    """Whether this processor multiplies matrices in bfloat16 faster than in float32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
+
+
 class LanguageModel:
     """A model and its tokenizer.
 
@@ -45,7 +78,7 @@ class LanguageModel:
         folder: where config.json and the tokenizer lie.
         checkpoint: the first weights.
         device: to run on.
-        dtype: to compute in: "auto" is float32 on a CPU, whose bfloat16 is slow, and the checkpoint's own on a GPU.
+        dtype: to compute in.
         batch: sequences in one forward pass.
 
     Raises:
@@ -54,16 +87,17 @@ class LanguageModel:
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, *, device: torch.device = CPU, dtype: str = "auto", batch: int = 8
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 8,
     ) -> None:
-        if dtype != "auto" and dtype not in DTYPES:
-            raise OptionError(f"`dtype` is auto, {', '.join(DTYPES)}, not {dtype}.")
         if batch < 1:
             raise OptionError(f"`batch_size` must be 1 or more, not {batch}.")
-        self.folder, self.batch, self.device = folder, batch, device
-        self.dtype = DTYPES.get(dtype) or (
-            torch.float32 if self.device.type == "cpu" else main_dtype(checkpoint.tensors.values())
-        )
+        self.folder, self.batch, self.device, self.dtype = folder, batch, device, dtype
         self.model: PreTrainedModel = skeleton(folder, self.dtype)
         if not self.model.can_generate() or self.model.config.is_encoder_decoder:
             raise CheckpointError(

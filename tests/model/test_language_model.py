@@ -15,13 +15,20 @@ from safetensors.torch import load_file, save_file
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import Checkpoint, open_checkpoint
 from surgery.errors import CheckpointError, OptionError
-from surgery.model.language_model import LanguageModel
+from surgery.model.language_model import LanguageModel, computing_dtype
 
 IDS = torch.tensor([[5, 9, 200, 31, 31, 7, 300], [8, 1, 0, 17, 44, 45, 46]])
 
 
 def checkpoint(folder: Path) -> Checkpoint:
     return open_checkpoint(resolve(str(folder), companions=False))
+
+
+def stored_as(dtype: torch.dtype, folder: Path) -> Path:
+    """A model whose weights are stored as `dtype`."""
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(make_lm(folder / "a") / "model.safetensors").items()}
+    save_file(tensors, folder / "a" / "model.safetensors", metadata={"format": "pt"})
+    return folder / "a"
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -105,8 +112,22 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path: Path, family: str
         open_lm(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("options", "said"), [({"dtype": "int8"}, "`dtype`"), ({"batch": 0}, "`batch_size`")])
-def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_no_batch_is_refused(tmp_path: Path) -> None:
     folder = make_lm(tmp_path / "a")
-    with pytest.raises(OptionError, match=said):
-        LanguageModel(folder, checkpoint(folder), device=torch.device("cpu"), **options)
+    with pytest.raises(OptionError, match="`batch_size`"):
+        LanguageModel(folder, checkpoint(folder), device=torch.device("cpu"), batch=0)
+
+
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_is_bfloat16_on_a_processor_that_is_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: bool, stored: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units})
+    found = computing_dtype("auto", torch.device("cpu"), checkpoint(stored_as(stored, tmp_path)))
+    assert found == (torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="`dtype` is auto, float32, bfloat16, float16, not int8"):
+        computing_dtype("int8", torch.device("cpu"), checkpoint(make_lm(tmp_path / "a")))
