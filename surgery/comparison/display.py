@@ -111,7 +111,8 @@ def show_candidates(
     console.print(table)
     print_notes(console, notes)
     names = ", ".join(readable(one.name) for one in measures)
-    console.print(f"Wanted: a model that {goal}. Measured: {names}; half of the items choose, half prove.")
+    wanted = goal if goal.limit == "knee" else f"a model that {goal}"
+    console.print(f"Wanted: {wanted}. Measured: {names}; half of the items choose, half prove.")
     console.print("It would take about as long as to score one model ten times.")
 
 

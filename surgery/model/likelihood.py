@@ -26,7 +26,7 @@ PIECE = 1 << 24  # logits that are taken to float32 at once
 PAD = 0  # any token: no token sees one to its right
 
 
-def loglikelihoods(model: LanguageModel, pairs: Sequence[Pair], advance: Advance) -> list[tuple[float, bool]]:
+def loglikelihoods(model: LanguageModel, pairs: Sequence[Pair], advance: Advance) -> list[float]:
     """Score continuations, in batches of about the same length, padded on the right.
 
     A context that is longer than the model takes is cut; see `fit`.
@@ -35,8 +35,8 @@ def loglikelihoods(model: LanguageModel, pairs: Sequence[Pair], advance: Advance
         pairs: token ids of contexts, at least one each, and of their continuations.
 
     Returns:
-        For each pair, Σ log p(token | all before it) over the continuation's tokens, and whether each of them is the most likely.
-        They do not depend on the batch size but for rounding.
+        For each pair, Σ log p(token | all before it) over the continuation's tokens. It does not depend on the batch size but for
+        rounding.
 
     Raises:
         CheckpointError: an id is not in the model's vocabulary, or a logit is no number.
@@ -44,7 +44,7 @@ def loglikelihoods(model: LanguageModel, pairs: Sequence[Pair], advance: Advance
     """
     fitted, _ = fit(model, pairs)
     vocabulary = check_ids(model, (ids for pair in fitted for ids in pair))
-    found = [(0.0, True)] * len(fitted)
+    found = [0.0] * len(fitted)
     done = 0
     with model.running():
         for batch in batches(fitted, model.batch, vocabulary):
@@ -113,30 +113,25 @@ def batches(pairs: Sequence[Pair], size: int, vocabulary: int) -> Iterator[list[
         yield batch
 
 
-def _score(model: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+def _score(model: LanguageModel, pairs: Sequence[Pair]) -> list[float]:
     counts = [len(continuation) for _, continuation in pairs]
     wanted = torch.tensor([token for _, continuation in pairs for token in continuation], device=model.device)
     if not len(wanted):
-        return [(0.0, True)] * len(pairs)
+        return [0.0] * len(pairs)
     logits = logits_of(model, pairs)
     step = max(1, PIECE // logits.shape[-1])
-    losses, greedy = [], []
+    losses = []
     for start in range(0, len(wanted), step):
         piece, tokens = logits[start : start + step], wanted[start : start + step]
         losses.append(cross_entropy(piece.float(), tokens, reduction="none").double().cpu())
-        greedy.append((piece.argmax(-1) == tokens).cpu())
     loss = torch.cat(losses).numpy()
     if not np.isfinite(loss).all():
         raise CheckpointError(
             f"{model.folder}: the model's logits are not finite when it computes in {str(model.dtype).removeprefix('torch.')}. "
             "Give `dtype` float32; if it says so again, the weights are broken."
         )
-    best = torch.cat(greedy).numpy()
     ends = np.cumsum(counts)
-    return [
-        (-float(loss[end - count : end].sum()), bool(best[end - count : end].all()))
-        for end, count in zip(ends, counts, strict=True)
-    ]
+    return [-float(loss[end - count : end].sum()) for end, count in zip(ends, counts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

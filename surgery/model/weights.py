@@ -19,6 +19,7 @@ from surgery.checkpoint.checksum import Checksum
 from surgery.checkpoint.dtypes import INTEGER_BITS, torch_type
 from surgery.checkpoint.source import Checkpoint
 from surgery.checkpoint.tensor import Tensor
+from surgery.engines.stream import Tick, stream, workers
 from surgery.errors import CheckpointError, reason
 from surgery.methods.wanda import Norm
 
@@ -85,14 +86,22 @@ class Weights:
             if stored in self.origins:
                 origin = self.origins[stored]
                 wanted.setdefault(id(origin), (origin, {}))[1].setdefault(stored, []).append(name)
-        loaded = {}
-        for origin, targets in wanted.values():
-            dtype = self.dtypes[next(iter(targets))]
-            values = self._convert(origin, functools.partial(self._read, dtype=dtype))
-            for stored, here in targets.items():
-                loaded[stored] = values[stored].to(self.device)
-                for name in here:
-                    self._put(name, loaded[stored])
+        loaded: dict[str, torch.Tensor] = {}
+
+        def make_worker(tick: Tick) -> Callable[[tuple[Origin, dict[str, list[str]]]], None]:
+            def fill(piece: tuple[Origin, dict[str, list[str]]]) -> None:
+                origin, targets = piece
+                dtype = self.dtypes[next(iter(targets))]
+                values = self._convert(origin, functools.partial(self._read, dtype=dtype, tick=tick))
+                for stored, here in targets.items():
+                    loaded[stored] = values[stored].to(self.device)
+                    for name in here:
+                        self._put(name, loaded[stored])
+
+            return fill
+
+        # On threads, since an edited tensor is computed while it is read.
+        stream(wanted.values(), make_worker, workers(None), lambda _: None)
         return loaded
 
     def free(self, names: Iterable[str]) -> None:
@@ -234,7 +243,7 @@ class Weights:
     def _targets(self, origin: Origin) -> list[str]:
         return [name for name, other in self.origins.items() if other is origin]
 
-    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def _read(self, name: str, dtype: torch.dtype, tick: Tick) -> torch.Tensor:
         tensor = self.checkpoint.tensors[name]
         value = torch.empty(tensor.shape, dtype=torch_type(tensor.dtype))
         checksum = Checksum() if name not in self.checksums else None
@@ -242,7 +251,7 @@ class Weights:
             view = memoryview(value.reshape(-1).view(torch.uint8).numpy())
             with tensor.open() as reader:
                 for start in range(0, tensor.nbytes, READ_BYTES):
-                    reader.fill(start, view[start : start + READ_BYTES])
+                    tick(reader.fill(start, view[start : start + READ_BYTES]))
                     if checksum:
                         checksum.add(start, view[start : start + READ_BYTES])
         if checksum:

@@ -26,7 +26,9 @@ def checkpoint(folder: Path) -> Checkpoint:
 
 def stored_as(dtype: torch.dtype, folder: Path) -> Path:
     """A model whose weights are stored as `dtype`."""
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(make_lm(folder / "a") / "model.safetensors").items()}
+    tensors = {
+        name: tensor.to(dtype) for name, tensor in load_file(make_lm(folder / "a") / "model.safetensors").items()
+    }
     save_file(tensors, folder / "a" / "model.safetensors", metadata={"format": "pt"})
     return folder / "a"
 

@@ -50,7 +50,7 @@ class AnswerLoss:
         pairs, cut = fit(model, pairs)
         found = loglikelihoods(model, pairs, advance)
         weights = np.array([len(answer) for _, answer in pairs], np.float64)
-        values = -np.array([sum_ for sum_, _ in found]) / weights
+        values = -np.array(found) / weights
         return Scores(self.kind, values, weights, rows, {"contexts_cut": cut} if cut else {})
 
 

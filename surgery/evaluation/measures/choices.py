@@ -62,7 +62,7 @@ class MultipleChoice:
         found = iter(loglikelihoods(model, pairs, advance))
         items = []
         for asked in questions:
-            sums = [next(found)[0] for _ in asked["choices"]]
+            sums = [next(found) for _ in asked["choices"]]
             lengths = [len(choice) if self.normalised else 1 for choice in asked["choices"]]
             chosen = int(np.argmax(np.array(sums) / np.array(lengths)))
             items.append({**asked, "chosen": chosen, "log_likelihoods": sums})
@@ -96,7 +96,7 @@ class MinimalPairs:
         found = loglikelihoods(
             model, [([before], encode(model.tokenizer, text, special=False)) for text in texts], advance
         )
-        sums = [(found[at][0], found[at + 1][0]) for at in range(0, len(found), 2)]
+        sums = [(found[at], found[at + 1]) for at in range(0, len(found), 2)]
         items = [{**pair, "log_likelihoods": list(both)} for pair, both in zip(pairs, sums, strict=True)]
         values = np.array([good > bad for good, bad in sums], np.float64)
         return Scores(self.kind, values, np.ones(len(items)), items)

@@ -66,7 +66,7 @@ class Perplexity:
         windows = [cut[place] for place in places]
         found = loglikelihoods(model, [(window[:1], window[1:]) for window in windows], advance)
         weights = np.array([len(window) - 1 for window in windows], np.float64)
-        values = -np.array([sum_ for sum_, _ in found]) / weights
+        values = -np.array(found) / weights
         items = [{"first_token": place * length} for place in places]
         return Scores(self.kind, values, weights, items, {"seq_len": length} if length < self.seq_len else {})
 
