@@ -40,6 +40,8 @@ class Place:
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.|^base_model\.model\."
 )
+# What peft puts into the names of a matrix that it adapts, and of the adapter.
+_ADAPTED = re.compile(r"\.(?:base_layer|lora_\w+)(?:\.default)?(?=\.|$)")
 # Parts of a model beside its text model; fine-tuned or saved alone, a text model has none of them.
 _TOWER = re.compile(
     r"(?:^|\.)((?:\w*(?:vision|visual|image|video|audio|speech|mm)_?(?:tower|model|encoder|adapter|projector|embed\w*)?"
@@ -200,6 +202,11 @@ def tower(name: str) -> str:
     """The part beside the text model that a tensor belongs to ("vision_tower", "multi_modal_projector", "mtp"); "" for none."""
     found = _TOWER.search(unwrapped(name))
     return found[1] if found else ""
+
+
+def adapted(name: str) -> str:
+    """A tensor's name without what peft puts into it: the same for a matrix and for its LoRA factors."""
+    return _ADAPTED.sub("", name)
 
 
 def head_beside(embedding: str) -> str:

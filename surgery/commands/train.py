@@ -86,7 +86,7 @@ def _train(settings: Settings, given: Given) -> None:
             return
         picture = None
         if given.plot and screen.leads:
-            inputs = local(settings.model, *settings.data, settings.replay)
+            inputs = local(settings.model, *settings.data, *settings.older)
             picture = places.enter_context(OutFile(given.plot, PICTURE, "plot", inputs))
         report = train(
             settings,

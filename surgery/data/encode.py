@@ -123,6 +123,17 @@ def rendered_ids(
     return _rendered(tokenizer, messages, folder, prompt=False, tools=tools)
 
 
+def rendered_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, tools: str | None = None
+) -> str:
+    """A whole chat as text, as the template renders it.
+
+    Raises:
+        CheckpointError, OptionError: the tokenizer has no chat template, or it does not take the messages.
+    """
+    return str(_template(tokenizer, messages, folder, tools=tools, tokenize=False))
+
+
 def without_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """A text without the beginning-of-text token that it spells out, where the tokenizer adds one by itself."""
     bos = tokenizer.bos_token
@@ -172,20 +183,20 @@ def _ended(text: str, end: str) -> str:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, prompt: bool, tools: str | None = None
 ) -> list[int]:
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": prompt}
+    return list(_template(tokenizer, messages, folder, tools=tools, **options)["input_ids"])
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], folder: Path, *, tools: str | None, **options: Any
+) -> Any:
     if tokenizer.chat_template is None:
         raise CheckpointError(
             f"{folder}: the data is chat messages, and the tokenizer has no chat template. Add chat_template.jinja, or give "
             "other data."
         )
     try:
-        found: Any = apply_template(
-            tokenizer,
-            messages,
-            tools=json.loads(tools) if tools else None,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=prompt,
-        )
+        return apply_template(tokenizer, messages, tools=json.loads(tools) if tools else None, **options)
     except OptionError:
         raise
     except Exception as error:
@@ -194,4 +205,3 @@ def _rendered(
             f'The chat template cannot render the messages that begin with "{first}" ({reason(error)}). Correct or remove the '
             "record."
         ) from error
-    return list(found["input_ids"])

@@ -92,7 +92,8 @@ class Data:
 
     def sentence(self) -> str:
         """What was found, in a line."""
-        answers = f", {len(self.rows):,} answers" if len(self.rows) != self.records else ""
+        count = sum(len(row["answers"]) if "answers" in row else 1 for row in self.rows)
+        answers = f", {count:,} answers" if count != self.records else ""
         left = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
         wrong = f" Left out: {self.wrong:,} without a right answer." if self.wrong else ""
         return f"{self.name}: {self.records:,} records{answers}, {self.kind} ({', '.join(self.fields)}).{wrong}" + (
@@ -100,13 +101,16 @@ class Data:
         )
 
 
-def read(name: str, *, task: str = "sft", prompt: str | None = None, completion: str | None = None) -> Data:
+def read(
+    name: str, *, task: str = "sft", prompt: str | None = None, completion: str | None = None, whole: bool = False
+) -> Data:
     """Read training data.
 
     Args:
         name: a file or a data set on the hub.
         task: "sft" or "dpo".
         prompt, completion: fields that hold them; a completion alone is plain text.
+        whole: a chat is one row of `messages` and `answers`, the positions of those to be learnt, not a row for each answer.
 
     Raises:
         OptionError, HubError: it cannot be read, is empty, or a record lacks a field.
@@ -129,7 +133,7 @@ def read(name: str, *, task: str = "sft", prompt: str | None = None, completion:
                     "the fields with `prompt_field` and `completion_field`."
                 )
         if kind not in FORMS:
-            rows += _rows(where, record, kind, fields)
+            rows += _rows(where, record, kind, fields, whole)
         elif (made := FORMS[kind].make(where, record)) is not None:
             others |= {len(rows): made.others} if made.others else {}
             rows.append(made.row)
@@ -184,11 +188,11 @@ def _kind(
     raise OptionError(f"{where}: fields found: {_found(record)}; known are {wanted}. {way}.")
 
 
-def _rows(where: str, record: Mapping[str, Any], kind: str, fields: tuple[str, ...]) -> list[Row]:
+def _rows(where: str, record: Mapping[str, Any], kind: str, fields: tuple[str, ...], whole: bool) -> list[Row]:
     values = [record[field] for field in fields]
     if kind in (MESSAGES, SHAREGPT):
         turns = _sharegpt(where, record, values[0]) if kind == SHAREGPT else values[0]
-        return _answers(where, fields[0], turns, record.get("tools"))
+        return _answers(where, fields[0], turns, record.get("tools"), whole)
     if kind in PREFERENCES or kind == "prompt–completion":
         columns = fields if kind in PREFERENCES else ("prompt", "completion")
         chat = isinstance(values[0], list)
@@ -240,18 +244,16 @@ def _sharegpt(where: str, record: Mapping[str, Any], value: Any) -> Any:
     return turns
 
 
-def _answers(where: str, name: str, value: Any, tools: Any) -> list[Row]:
+def _answers(where: str, name: str, value: Any, tools: Any, whole: bool) -> list[Row]:
     turns = _messages(where, name, value)
     shared = {"tools": _tools(where, tools)} if tools else {}
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and index]
-    rows = [
-        {"prompt": turns[:index], "completion": [turns[index]], **shared}
-        for index in answers
-        if _is_learnt(value[index])
-    ]
     if not answers:
         raise OptionError(f"{where}: no message of role assistant follows another one. Correct or remove the record.")
-    return rows
+    learnt = [index for index in answers if _is_learnt(value[index])]
+    if whole:
+        return [{"messages": turns, "answers": learnt, **shared}] if learnt else []
+    return [{"prompt": turns[:index], "completion": [turns[index]], **shared} for index in learnt]
 
 
 def _tools(where: str, tools: Any) -> str:

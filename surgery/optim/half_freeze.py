@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.errors import OptionError
-from surgery.layout import place
+from surgery.layout import adapted, place
 from surgery.methods.half_reset import ALSO, LEVELS, choose
 from surgery.methods.scope import one_of, share
 
@@ -65,7 +65,7 @@ def half_freeze(
     """Freeze a random half of the blocks' tensors for one round, and unfreeze those of the round before.
 
     Call it before the optimizer is made, or before each round: a frozen parameter has no gradient, and every optimizer leaves it
-    alone. Parameters that the caller froze stay frozen.
+    alone. Parameters that the caller froze stay frozen. With LoRA the factors of a matrix go with it.
 
     Args:
         model: a transformer; its parameters' requires_grad is set, and gradients of what is frozen are dropped.
@@ -88,11 +88,12 @@ def half_freeze(
     parameters = dict(model.named_parameters())
     if not any(place(name).layer is not None for name in parameters):
         raise OptionError("No parameter of the model belongs to a layer, so there is no half to freeze.")
-    chosen = choose(parameters, ratio, level, seed, also, counts)
+    plain = {name: adapted(name) for name in parameters}
+    chosen = choose(set(plain.values()), ratio, level, seed, also, counts)
     for module in model.modules():
         for name in vars(module).pop(_MARK, ()):
             module.get_parameter(name).requires_grad_(True)
-    names = tuple(name for name in parameters if name in chosen)
+    names = tuple(name for name in parameters if plain[name] in chosen)
     for name in names:
         parameter = parameters[name]
         if parameter.requires_grad:

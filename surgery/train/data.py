@@ -1,19 +1,22 @@
-"""Choose the rows of a round: hold some out for evaluation, and replay rows of earlier tasks."""
+"""Choose the rows of a round: hold some out for evaluation, and replay a part of what came before."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.data.encode import prompt_ids, rendered_ids, without_beginning
 from surgery.data.rows import Row
 from surgery.errors import OptionError
+from surgery.train.encode import answers, same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LOOKED_AT = 200  # chats whose rendering is compared
+LOOKED_AT = 200  # answers whose rendering is compared
 
 
 def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -31,16 +34,10 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
     return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in sorted(chosen)]
 
 
-def replayed(rows: list[Row], old: list[Row], ratio: float, seed: int) -> list[Row]:
-    """Append old rows, drawn at random, so that they make up the share `ratio` of the result.
-
-    No old row comes twice before each has come once.
-    """
-    count, draw = round(ratio / (1 - ratio) * len(rows)), random.Random(seed)
-    drawn: list[Row] = []
-    while len(drawn) < count:
-        drawn += draw.sample(old, min(len(old), count - len(drawn)))
-    return rows + drawn
+def replayed(memory: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """Draw a share of what is remembered, at random and in its order; none comes twice."""
+    chosen = random.Random(seed).sample(range(len(memory)), round(share * len(memory)))
+    return [memory[place] for place in sorted(chosen)]
 
 
 def begun_once(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[Row], str | None]:
@@ -51,7 +48,7 @@ def begun_once(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[lis
         text = row.get(name)
         bare = without_beginning(tokenizer, text) if isinstance(text, str) else text
         changed += bare != text
-        plain.append({**row, name: bare})
+        plain.append({**row, name: bare} if bare != text else row)
     if not changed:
         return rows, None
     return plain, (
@@ -67,20 +64,22 @@ def parted_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[Row], folder: 
     Raises:
         CheckpointError, OptionError: the template cannot render a row.
     """
-    chats = [row for row in rows if isinstance(row.get("prompt"), list) and "completion" in row][:LOOKED_AT]
+    parts = (part for row in rows for part in (answers(row) if "messages" in row else [row]))
+    chats = list(
+        islice((row for row in parts if isinstance(row.get("prompt"), list) and "completion" in row), LOOKED_AT)
+    )
     parted, example = 0, ""
     for row in chats:
         asked = prompt_ids(tokenizer, row["prompt"], folder, tools=row.get("tools"))
         shown = rendered_ids(tokenizer, row["prompt"] + row["completion"], folder, tools=row.get("tools"))
-        same = next(
-            (at for at, (a, b) in enumerate(zip(asked, shown, strict=False)) if a != b), min(len(asked), len(shown))
-        )
-        if same < len(asked):
+        begin = same(asked, shown)
+        if begin < len(asked):
             parted += 1
-            example = str(tokenizer.decode(asked[same:]))
+            example = str(tokenizer.decode(asked[begin:]))
     if not parted:
         return None
     return (
-        f"Warning: in {parted:,} of {len(chats):,} chats that were looked at, the chat template ends the prompt with {example!r} "
-        "when it asks for an answer, and not when it shows one: the model is trained without it, and will be asked with it."
+        f"Warning: in {parted:,} of {len(chats):,} answers that were looked at, the chat template ends the prompt with "
+        f"{example!r} when it asks for an answer, and not when it shows one: the model is trained without it, and will be asked "
+        "with it."
     )

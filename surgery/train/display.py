@@ -70,11 +70,12 @@ class Screen:
         if self.quiet:
             show_json(found)
             return
-        table = new_table("Round", "Rows", "Held out", "Frozen", "Trained of the layers")
+        table = new_table("Round", "Rows", "Replayed", "Held out", "Frozen", "Trained of the layers")
         for number, round in enumerate(found["rounds"], FIRST):
             frozen = round["frozen"]
             shares = [share(frozen[key], 2) if frozen else {"share": "0%", "trainable": "100%"}[key] for key in SHARES]
-            table.add_row(str(number), f"{round['rows']:,}", f"{round['held_out']:,}", *shares)
+            counts = [f"{round[key]:,}" for key in ("rows", "replayed", "held_out")]
+            table.add_row(str(number), *counts, *shares)
         new_console().print(table)
 
     def show(self, report: dict[str, Any], out: Path) -> None:

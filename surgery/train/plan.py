@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from surgery.data.rows import Data, Row, read
 from surgery.errors import OptionError
-from surgery.train.data import hold_out
+from surgery.train.data import hold_out, replayed
 from surgery.train.processes import find
-from surgery.train.settings import Settings
+from surgery.train.settings import ROUNDS, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,11 @@ NOBODY = Observer()
 
 @dataclass
 class Round:
-    """The data of one round, and its results."""
+    """The data of one round, and its results.
+
+    Attributes:
+        rows: that are trained on; those that are replayed come to them.
+    """
 
     data: Data
     rows: list[Row]
@@ -47,7 +51,7 @@ def plan(settings: Settings, observer: Observer = NOBODY) -> dict[str, Any]:
     """Read the data and the model's headers, and say what a training would do. Nothing is written.
 
     Returns:
-        "rounds": of each its data, rows, held-out rows, and what is frozen, as the report of a training has it.
+        "rounds": of each its data, how many rows, of those replayed and of those held out, and what is frozen, as in a report.
 
     Raises:
         SurgeryError: anything that `surgery.train.run.train` would refuse beforehand.
@@ -59,16 +63,19 @@ def plan(settings: Settings, observer: Observer = NOBODY) -> dict[str, Any]:
     settings.parts(processes)
     checkpoint = open_model(settings.model)
     rounds = [read_round(settings, name, observer) for name in settings.data]
-    load_tokenizer(checkpoint.folder, chat=any(round.data.chat for round in rounds))
+    older = [read_data(settings, name, observer) for name in settings.older]
+    load_tokenizer(checkpoint.folder, chat=any(data.chat for data in (*older, *(round.data for round in rounds))))
+    rows = [row for data in older for row in data.rows]
     model = blank_model(checkpoint)
     found = [
         {
             "data": round.data.name,
             "rows": len(round.rows),
+            "replayed": len(replayed(remembered(settings, rounds, rows, number), settings.replay_ratio, settings.seed)),
             "held_out": len(round.held_out),
-            "frozen": freeze(settings, model, settings.seed + number),
+            "frozen": freeze(settings, model, settings.seed + number - 1),
         }
-        for number, round in enumerate(rounds)
+        for number, round in enumerate(rounds, 1)
     ]
     return {"method": "train", "settings": settings.as_json(), "rounds": found}
 
@@ -79,10 +86,30 @@ def read_round(settings: Settings, name: str, observer: Observer) -> Round:
     Raises:
         OptionError, HubError: it cannot be read, or no row would be left to train on.
     """
-    data = read(name, task=settings.task, prompt=settings.prompt_field, completion=settings.completion_field)
-    observer.say(data.sentence())
+    data = read_data(settings, name, observer)
     rows, held_out = hold_out(data.rows, settings.held_out, settings.seed)
     return Round(data, rows, held_out)
+
+
+def read_data(settings: Settings, name: str, observer: Observer) -> Data:
+    """Read a file or data set, a chat as one row."""
+    fields = {"prompt": settings.prompt_field, "completion": settings.completion_field}
+    data = read(name, task=settings.task, whole=True, **fields)
+    observer.say(data.sentence())
+    return data
+
+
+def remembered(settings: Settings, rounds: Sequence[Round], older: Sequence[Row], number: int) -> list[Row]:
+    """What may be replayed in a round.
+
+    Args:
+        older: the rows of older data.
+        number: of the round, from 1. The first of several has nothing to remember, since nothing was learnt before it.
+    """
+    if settings.multi and number == 1:
+        return []
+    earlier = [row for round in rounds[: number - 1] for row in round.rows] if ROUNDS in settings.replay else []
+    return [*older, *earlier]
 
 
 def freeze(settings: Settings, model: torch.nn.Module, seed: int) -> dict[str, Any] | None:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.output import check_output
 from surgery.data.records import local
-from surgery.data.rows import Row, read
+from surgery.data.rows import Row
 from surgery.errors import OptionError, SurgeryError, out_of_memory
 from surgery.layout import tower
 from surgery.train.data import begun_once, parted_prompts, replayed
-from surgery.train.plan import NOBODY, Observer, Round, check_libraries, freeze, read_round
+from surgery.train.encode import Encoder
+from surgery.train.plan import NOBODY, Observer, Round, check_libraries, freeze, read_data, read_round, remembered
 from surgery.train.processes import find
 from surgery.train.settings import Settings
 from surgery.train.work import STATE, Work
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from surgery.checkpoint.source import Checkpoint
+    from surgery.train.holds.hold import Hold, Scene
     from surgery.train.trainer import Dpo, Sft
 
 
@@ -54,7 +56,7 @@ def train(
 
     processes, rank = find(fsdp=settings.fsdp)
     settings.parts(processes)
-    files = [path for name in (*settings.data, settings.replay) if name and (path := local(name))]
+    files = [path for name in (*settings.data, *settings.older) if (path := local(name))]
     checkpoint = open_model(settings.model)
     out = settings.out
     if rank == 0:
@@ -62,8 +64,11 @@ def train(
     else:
         out = Path(os.path.realpath(settings.out.expanduser()))
     rounds = [read_round(settings, name, observer) for name in settings.data]
-    old = read(settings.replay).rows if settings.replay else []
-    tokenizer = load_tokenizer(checkpoint.folder, chat=any(round.data.chat for round in rounds))
+    older = [read_data(settings, name, observer) for name in settings.older]
+    tokenizer = load_tokenizer(
+        checkpoint.folder, chat=any(data.chat for data in (*older, *(round.data for round in rounds)))
+    )
+    old = [row for data in older for row in data.rows]
     with Work(out, settings.as_json(), resume=resume, replace=force, leader=rank == 0) as work, _quiet():
         try:
             run = _Run(settings, checkpoint, tokenizer, rounds, old, work, processes, observer)
@@ -112,7 +117,7 @@ class _Run:
     def all(self, command: Sequence[str]) -> dict[str, Any]:
         from surgery.model.pretrained import max_positions
         from surgery.train import report
-        from surgery.train.anchor import Anchor
+        from surgery.train.holds import holds_of
         from surgery.train.model import check_can_be_saved, load_model
 
         begun = time.perf_counter()
@@ -121,13 +126,12 @@ class _Run:
         most = max_positions(model.config)
         if most is not None and most < self.settings.seq_len:
             self.settings = replace(self.settings, seq_len=most)
-        pull = (self.settings.l1, self.settings.l2, self.settings.mixout)
-        anchor = Anchor(model, *pull) if any(pull) else None
+        holds = holds_of(self.settings)
         reference = None
         if self.settings.task == "dpo" and self.settings.lora is None:
             reference = load_model(self.checkpoint, self.settings.dtype)
         for number, round in enumerate(self.rounds, 1):
-            model = self._one(number, round, model, anchor, reference)
+            model = self._one(number, round, model, holds, reference)
         for path in sorted(self.work.folder.glob("round-*/runs")):  # what TensorBoard shows
             path.rename(
                 self.work.result / "runs" if len(self.rounds) == 1 else self.work.result / f"runs-{path.parent.name}"
@@ -151,44 +155,47 @@ class _Run:
         number: int,
         round: Round,
         model: PreTrainedModel,
-        anchor: Any,
+        holds: list[Hold],
         reference: PreTrainedModel | None,
     ) -> PreTrainedModel:
         from surgery.train.trainer import build
 
         settings, begun = self.settings, time.perf_counter()
         seed = settings.seed + number - 1
-        rows = _mixed(round.rows, self.old, settings, seed)
-        rows, said = begun_once(self.tokenizer, rows)
-        held_out, _ = begun_once(self.tokenizer, round.held_out)
+        again = replayed(remembered(settings, self.rounds, self.old, number), settings.replay_ratio, seed)
+        rows, said = begun_once(self.tokenizer, [*round.rows, *again])
         for sentence in (said, parted_prompts(self.tokenizer, rows, self.checkpoint.folder)):
             if sentence:
                 self.observer.say(sentence)
-        frozen = freeze(settings, model, seed)
+        learnt, held_out = self._encoded(rows), self._encoded(round.held_out)
         trainer = build(
             settings,
             model,
             self.tokenizer,
-            rows,
+            learnt,
             held_out,
             reference=reference,
-            anchor=anchor,
+            holds=holds,
             folder=self.work.round(number),
             processes=self.processes,
             seed=seed,
             advance=lambda *step: self.observer.step(number, len(self.rounds), *step),
         )
+        frozen = freeze(settings, trainer.model, seed)  # behind the adapter, whose matrices are drawn too
         cut, dropped = trainer.cut["train"]
         if cut or dropped:
             self.observer.say(
-                f"Warning: {round.data.name}: {cut + dropped:,} of {len(rows):,} rows are longer than {settings.seq_len:,} tokens"
-                f": {cut:,} cut, {dropped:,} left out since nothing to learn was left."
+                f"Warning: {round.data.name}: {cut + dropped:,} of {len(learnt):,} rows are longer than {settings.seq_len:,} "
+                f"tokens: {cut:,} cut, {dropped:,} left out since nothing to learn was left."
             )
         if trainer.alike:
             self.observer.say(
                 f"Warning: {round.data.name}: {trainer.alike:,} of {len(rows):,} pairs are the same after the cut to "
                 f"{settings.seq_len:,} tokens, and teach nothing: left out."
             )
+        scene = self._scene(number, trainer, learnt)
+        for hold in holds:
+            hold.begin(scene)
         trainer.args.distributed_state.wait_for_everyone()  # until the first process has made the folder
         self._learn(number, trainer)
         round.report |= {
@@ -197,6 +204,7 @@ class _Run:
             "fields": list(round.data.fields),
             "records": round.data.records,
             "rows": len(rows),
+            "replayed": len(again),
             "held_out": len(round.held_out),
             "cut": cut,
             "dropped": dropped,
@@ -215,10 +223,37 @@ class _Run:
                 if "eval_loss" in entry
             ],
         }
-        if len(self.rounds) > 1:
-            self.losses.append([_score(trainer, other.held_out) for other in self.rounds])
+        if len(self.rounds) > 1 and settings.held_out:
+            self.losses.append([_score(trainer, self._encoded(other.held_out)) for other in self.rounds])
         round.report["seconds"] = time.perf_counter() - begun
         return self._keep(number, trainer)
+
+    def _scene(self, number: int, trainer: Sft | Dpo, rows: list[Row]) -> Scene:
+        """What the holds may look at before a round."""
+        from surgery.train.holds.hold import Scene
+
+        model: Any = trainer.model
+        collate: Any = trainer.data_collator
+
+        def batch(some: Sequence[Row]) -> dict[str, Any]:
+            plain = [{name: row[name][: self.settings.seq_len] for name in ("input_ids", "labels")} for row in some]
+            return {name: value.to(model.device) for name, value in collate(plain).items()}
+
+        return Scene(model, rows, [], batch, number, self.settings.seed + number - 1)
+
+    def _encoded(self, rows: list[Row]) -> list[Row]:
+        """Rows as the trainer takes them; preferences are for TRL to encode."""
+        if self.settings.task == "dpo":
+            return rows
+        plain, _ = begun_once(self.tokenizer, rows)
+        encoder = Encoder(self.tokenizer, self.checkpoint.folder, self.settings.completion_only)
+        found = encoder(plain)
+        if encoder.parted:
+            self.observer.say(
+                f"{encoder.parted:,} of {len(rows):,} chats are a row for each answer, since the chat template shows an answer "
+                "otherwise once more follows."
+            )
+        return found
 
     def _learn(self, number: int, trainer: Sft | Dpo) -> None:
         """Train for a round; a resumed run continues from the last saved step."""
@@ -251,16 +286,16 @@ class _Run:
         if self.settings.fsdp:
             model = self._whole(model)
         last = number == len(self.rounds)
-        if self.settings.keep_adapter:
+        if self.settings.lora is not None and (self.settings.keep_adapter or not last):
+            # One adapter goes on over all rounds, beside the start model (LoraSeqFT).
             if self.work.leader:
-                save_adapter(model, self.checkpoint, self.work.result)
+                save_adapter(model, self.checkpoint, self._folder(number))
             return model  # type: ignore[no-any-return]
         if self.settings.lora is not None:
             model = model.merge_and_unload()
-        folder = self.work.result if last else self.work.result / f"round-{number}"
         cast(model, stored_types(self.checkpoint, self.settings.save_dtype))
         if self.work.leader:
-            carried = save_model(model, self.checkpoint, folder, self.settings.save_dtype)
+            carried = save_model(model, self.checkpoint, self._folder(number), self.settings.save_dtype)
             if carried and last:
                 parts = ", ".join(dict.fromkeys(map(tower, carried)))
                 self.observer.say(
@@ -270,6 +305,10 @@ class _Run:
             cast(model, lambda _: getattr(torch, self.settings.dtype))
         gc.collect()  # the trainer's circles of references hold optimizer state
         return model  # type: ignore[no-any-return]
+
+    def _folder(self, number: int) -> Path:
+        """What is written after a round."""
+        return self.work.result if number == len(self.rounds) else self.work.result / f"round-{number}"
 
     def _whole(self, model: Any) -> Any:
         """Gather weights that were sharded over processes into a whole model on each of them."""
@@ -283,22 +322,6 @@ class _Run:
 
             whole = get_peft_model(whole, lora(self.settings))
         return sharding.gather(model, whole)
-
-
-def _mixed(rows: list[Row], old: list[Row], settings: Settings, seed: int) -> list[Row]:
-    """Return the rows of a round, with those that are replayed."""
-    if not old:
-        return rows
-    if old[0].keys() != rows[0].keys():
-        rows, old = _with_prompt(rows), _with_prompt(old)
-    if isinstance(old[0].get("prompt"), list) != isinstance(rows[0].get("prompt"), list):
-        raise OptionError("`replay` holds chat messages and `data` does not, or the other way round. Convert one.")
-    return replayed(rows, old, settings.replay_ratio, seed)
-
-
-def _with_prompt(rows: list[Row]) -> list[Row]:
-    """Turn plain text into a completion, so that it can be mixed with rows that have prompts."""
-    return [{"prompt": "", "completion": row["text"]} if "text" in row else row for row in rows]
 
 
 def _score(trainer: Sft | Dpo, rows: list[Row]) -> float:

@@ -28,6 +28,8 @@ LOGS = ("none", "tensorboard", "wandb")
 TOGETHER = 8
 # Of a round of continual training, where --eval-split is not given.
 HELD_OUT = 0.05
+# What --replay calls the rows of earlier rounds.
+ROUNDS = "rounds"
 # What may differ between a run and the one that resumes it.
 NEUTRAL = ("log", "save_every")
 
@@ -167,8 +169,14 @@ class Settings:
     )
     lora: int | None = option(None, help="Train LoRA adapters, and merge them.", metavar="RANK", panel=KEEP)
     keep_adapter: bool = option(False, help="Write the LoRA adapter itself.", panel=KEEP)
-    replay: str | None = option(None, help="Older data to mix in, as --data.", metavar="FILE", panel=KEEP)
-    replay_ratio: float = option(0.1, help="Share of the mixture that is older data.", panel=KEEP)
+    replay: tuple[str, ...] = option(
+        (),
+        help="What to remember: a file or data set of older data, or [b]rounds[/b], the rows of earlier rounds. Repeatable. The "
+        "first of several rounds has none.",
+        metavar="WHAT",
+        panel=KEEP,
+    )
+    replay_ratio: float = option(0.1, help="Share of what is remembered that a round takes in.", panel=KEEP)
     beta: float = option(0.1, help="dpo: how strongly it holds to the start model.", panel=KEEP)
     seed: int = option(0, help="Of the order, the draws and new weights.")
     save_dtype: str | None = option(
@@ -211,8 +219,8 @@ class Settings:
                 raise OptionError(f"`{_field(name)}` must be at least {least}, not {value}.")
         if not 0 <= self.seed < 1 << 32:
             raise OptionError(f"`seed` must be from 0 to {(1 << 32) - 1}, not {self.seed}.")
-        if self.mixout == 1 or self.replay_ratio == 1 or self.eval_split == 1:
-            raise OptionError("`mixout`, `replay_ratio` and `eval_split` must be below 1.")
+        if self.mixout == 1 or self.eval_split == 1:
+            raise OptionError("`mixout` and `eval_split` must be below 1.")
         if not self.data:
             raise OptionError("`data` is missing. Give a .jsonl, .json or .parquet file, or a data set on the hub.")
         check_together(self._given())
@@ -221,13 +229,23 @@ class Settings:
         """Name of an option, or of a value that it has -> whether it is asked for."""
         own = {field.name: bool(getattr(self, field.name)) for field in dataclasses.fields(self)}
         other = {"rounds": self.multi, "dpo": self.task == "dpo", "by_level": self.level != "category"}
-        other |= {"gd": self.form == "gd", "mv": self.filter == "mv", "mofo": self.optim == "mofo"}
+        other |= {
+            "replay_rounds": ROUNDS in self.replay,
+            "gd": self.form == "gd",
+            "mv": self.filter == "mv",
+            "mofo": self.optim == "mofo",
+        }
         return own | other | {"hft": self.frozen is not None, "all_learnt": not self.completion_only}
 
     @property
     def multi(self) -> bool:
         """Whether there is more than one round."""
         return len(self.data) > 1
+
+    @property
+    def older(self) -> tuple[str, ...]:
+        """The files and data sets of older data."""
+        return tuple(name for name in self.replay if name != ROUNDS)
 
     @property
     def rate(self) -> float:

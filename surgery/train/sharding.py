@@ -31,12 +31,17 @@ def allow_on_cpu() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Shard a tensor that every process has as the parameter is sharded, on the parameter's device."""
-    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
-        return whole.to(parameter.device)
-    moved = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor.to(parameter.device)
+    moved = tensor.to(parameter.device)
     return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of one that may be sharded; every process must call this."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
@@ -47,6 +52,5 @@ def gather(model: nn.Module, into: PreTrainedModel) -> PreTrainedModel:
             module.reshard()  # an evaluation leaves some of them together
     places = dict(into.named_parameters())
     for name, parameter in model.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        places[name].copy_(whole)
+        places[name].copy_(whole(parameter))
     return into

@@ -9,22 +9,11 @@ from surgery.errors import OptionError
 # (options that are not given together, the sentence that says why)
 APART: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("lora", "hft"),
-        "`lora` trains no weight of the model itself, so `hft`, `optim` hft, `l1`, `l2` and `mixout` do not go with it.",
-    ),
-    *(
-        (
-            ("lora", name),
-            "`lora` trains no weight of the model itself, so `hft`, `optim` hft, `l1`, `l2` and `mixout` do not go with it.",
-        )
-        for name in ("l1", "l2", "mixout")
+        ("lora", "mixout"),
+        "`mixout` takes entries of whole matrices back, and `lora` never makes its change a whole matrix: give `l2` instead.",
     ),
     (("lora", "freeze"), "`lora` trains no weight of the model itself, so there is nothing to `freeze`."),
     (("mixout", "fsdp"), "`mixout` needs whole weights in each process, so it does not go with `fsdp`."),
-    (
-        ("keep_adapter", "rounds"),
-        "`keep_adapter` goes with one `data`: each round would need the adapters before it.",
-    ),
     *(
         (
             ("dpo", name),
@@ -44,6 +33,11 @@ APART: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 # (an option, what it needs one of, the sentence)
 NEEDED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (
+        "replay_rounds",
+        ("rounds",),
+        "`replay` rounds remembers earlier rounds: give more than one `data`, or a file to replay.",
+    ),
     ("prompt_field", ("completion_field",), "`prompt_field` needs `completion_field` beside it."),
     ("gd", ("mofo",), "`form` gd is a form of MoFO: give `optim` mofo, or `optim` sgd for gradient descent as such."),
     ("keep_adapter", ("lora",), "`keep_adapter` needs `lora` RANK."),

@@ -1,13 +1,14 @@
 """TRL's trainers, with additions: no network, counts of truncated rows, the pull towards θ0, a stop when the loss is not finite.
 
-The training loop, the loss, the tokenising and the masking of prompts are TRL's and transformers' own.
+The training loop, the loss, the cutting and packing of rows are TRL's and transformers' own; for preferences all of it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from surgery.data.rows import Row
 from surgery.errors import OptionError
 from surgery.optim import MoFO, fused_blocks
 from surgery.train import sharding
-from surgery.train.anchor import Anchor
+from surgery.train.holds.hold import Hold
 from surgery.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class _Glue:
         alike: pairs of which both answers are the same after the cut; they are left out.
     """
 
-    def __init__(self, *args: Any, anchor: Anchor | None, **kwargs: Any) -> None:
-        self.anchor, self.cut, self.alike = anchor, dict[str, tuple[int, int]](), 0
+    def __init__(self, *args: Any, holds: Sequence[Hold], **kwargs: Any) -> None:
+        self.holds, self.cut, self.alike = holds, dict[str, tuple[int, int]](), 0
         super().__init__(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
@@ -57,13 +58,14 @@ class _Glue:
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.anchor is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc, no-any-return]
         inner: Any = self
-        with self.anchor.mixed(inner.model):
+        with ExitStack() as passing:
+            for hold in self.holds:
+                passing.enter_context(hold.passing(inner.model))
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if inner.accelerator.sync_gradients:  # the last part of a step
-            self.anchor.pull(inner.model)
+            for hold in self.holds:
+                hold.gradients(inner.model)
         return loss
 
 
@@ -110,6 +112,18 @@ def _cut(row: Any, answer: str, limit: int) -> list[int]:
     return list(row[answer][: limit - len(row["prompt_ids"])])
 
 
+class Afterwards(TrainerCallback):
+    """Lets the holds change the weights after each step."""
+
+    def __init__(self, holds: Sequence[Hold]) -> None:
+        self.holds = holds
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        optimizer = given["optimizer"]
+        for hold in self.holds:
+            hold.stepped(model, getattr(optimizer, "optimizer", optimizer))
+
+
 class Watch(TrainerCallback):
     """Stop a training whose loss or gradient is not finite, before the trainer saves that state."""
 
@@ -136,7 +150,7 @@ def build(
     held_out: list[Row],
     *,
     reference: PreTrainedModel | None,
-    anchor: Anchor | None,
+    holds: Sequence[Hold],
     folder: Path,
     processes: int,
     seed: int,
@@ -145,8 +159,9 @@ def build(
     """Make the trainer of one round.
 
     Args:
+        rows, held_out: encoded (`surgery.train.encode`), or preferences.
         reference: the start model again, for DPO on all weights.
-        anchor: for the penalties and mixout, at the start model.
+        holds: what keeps the training near its start.
         folder: what the trainer saves on its way.
         seed: of the order of the rows.
 
@@ -200,16 +215,15 @@ def build(
         "train_dataset": Dataset.from_list(rows),
         "eval_dataset": Dataset.from_list(held_out) if held_out else None,
         "processing_class": tokenizer,
-        "callbacks": [Watch(advance)],
-        "peft_config": lora(settings),
-        "anchor": anchor,
+        "callbacks": [Watch(advance), Afterwards(holds)],
+        "peft_config": None if hasattr(model, "peft_config") else lora(settings),  # an adapter goes on
+        "holds": holds,
     }
-    only = None if settings.completion_only else False
     config: Any
     if settings.task == "dpo":
         config = DPOConfig(**options, beta=settings.beta)
     else:
-        config = SFTConfig(**options, packing=settings.packing, eval_packing=False, completion_only_loss=only)
+        config = SFTConfig(**options, packing=settings.packing, eval_packing=False)
     if settings.fsdp:
         sharding.allow_on_cpu()
     trainer: Sft | Dpo = (

@@ -11,6 +11,7 @@ from helpers.tiny_model import END, IDS, ids, make_model, write
 from surgery.data.rows import ALPACA, ALPACA_INPUT, read
 from surgery.errors import CheckpointError, OptionError
 from surgery.train.data import hold_out, replayed
+from surgery.train.encode import IGNORED, Encoder
 from surgery.train.model import load_model, load_tokenizer, open_model
 from surgery.train.run import _quiet
 from surgery.train.settings import Settings
@@ -42,11 +43,6 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[tuple[list[int], list[int]]]]
         "prompt–completion (prompt, completion)",
         [([*FIRST, ASSISTANT], [*ids("w3"), END])],
     ),
-    "chat": (
-        {"messages": CHAT},
-        "2 answers, chat messages (messages)",
-        [([*FIRST, ASSISTANT], [*ids("w3"), END]), ([*SECOND, ASSISTANT], [*ids("w5 w6"), END])],
-    ),
     "instruction": (
         {"instruction": "w1 w2", "input": "", "output": "w3"},
         "instruction (instruction, output)",
@@ -71,17 +67,22 @@ def prepared(model: Path, file: Path, **more: Any) -> tuple[list[dict[str, list[
     from surgery.train.trainer import build
 
     settings = Settings(model=str(model), data=(str(file),), out=Path("out"), max_steps=1, batch_size=1, **more)
-    data = read(str(file), task=settings.task, prompt=settings.prompt_field, completion=settings.completion_field)
+    fields = {"prompt": settings.prompt_field, "completion": settings.completion_field}
+    data = read(str(file), task=settings.task, whole=True, **fields)
     opened = open_model(str(model))
+    tokenizer = load_tokenizer(model, chat=data.chat)
+    rows: list[Any] = data.rows
+    if settings.task == "sft":
+        rows = Encoder(tokenizer, model, settings.completion_only)(rows)
     with _quiet():
         trainer = build(
             settings,
             load_model(opened, "float32"),
-            load_tokenizer(model, chat=data.chat),
-            data.rows,
+            tokenizer,
+            rows,
             [],
             reference=load_model(opened, "float32") if settings.task == "dpo" else None,
-            anchor=None,
+            holds=(),
             folder=file.with_suffix(".states"),
             processes=1,
             seed=0,
@@ -239,11 +240,60 @@ def test_held_out_rows_are_not_trained_on() -> None:
         hold_out(rows[:1], 0.1, seed=0)
 
 
-def test_replay_mixes_in_its_share_and_repeats_late() -> None:
-    rows, old = [{"text": f"new {n}"} for n in range(90)], [{"text": f"old {n}"} for n in range(4)]
-    mixed = replayed(rows, old, 0.1, seed=0)
-    assert mixed[:90] == rows
-    drawn = [row["text"] for row in mixed[90:]]
-    assert len(drawn) == 10  # a tenth of 100
-    assert all(2 <= drawn.count(row["text"]) <= 3 for row in old)
-    assert replayed(rows, old, 0.1, seed=1) != mixed
+def test_a_share_of_what_is_remembered_is_replayed_and_no_row_twice() -> None:
+    memory = [{"text": str(n)} for n in range(40)]
+    drawn = replayed(memory, 0.1, seed=0)
+    assert len(drawn) == len({row["text"] for row in drawn}) == 4
+    assert replayed(memory, 0.1, seed=1) != drawn
+    assert replayed(memory, 1.0, seed=0) == memory
+    assert replayed([], 0.1, seed=0) == []
+
+
+def test_a_chat_is_one_sequence_of_which_all_answers_are_learnt(model: Path, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": [CHAT[0], {**CHAT[1], "train": False}, *CHAT[2:]]}]
+    )
+    assert "2 records, 3 answers, chat messages (messages)" in read(str(file), whole=True).sentence()
+    rows, trainer = prepared(model, file)
+    whole = [*SECOND, ASSISTANT, *ids("w5 w6"), END]
+    assert [row["input_ids"] for row in rows] == [whole, whole]
+    learnt = [IGNORED] * len(whole)
+    learnt[-3:] = whole[-3:]
+    assert rows[1]["labels"] == learnt
+    at = len(FIRST) + 1
+    learnt[at : at + 2] = [*ids("w3"), END]
+    assert rows[0]["labels"] == learnt
+    assert trainer.cut == {"train": (0, 0)}
+    (row,), _ = prepared(model, write(tmp_path / "b.jsonl", [{"messages": CHAT}]), completion_only=False)
+    assert row["labels"] == whole
+
+
+def test_the_masks_are_those_of_a_template_that_marks_what_the_assistant_says(model: Path) -> None:
+    """transformers' own assistant masks, by the keyword generation, which TRL's `assistant_only_loss` asks for."""
+    tokenizer = load_tokenizer(model, chat=True)
+    turns = [*CHAT, turn("user", "w7"), turn("assistant", "w8")]
+    (found,) = Encoder(tokenizer, model, True)([{"messages": turns, "answers": [1, 3, 5]}])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s>"
+        "{% endgeneration %}{% else %}{{ m['content'] }} </s>{% endif %} {% endfor %}"
+    )
+    marked: Any = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    assert found["input_ids"] == marked["input_ids"]
+    assert [label != IGNORED for label in found["labels"]] == [bool(mask) for mask in marked["assistant_masks"]]
+
+
+def test_a_template_that_shows_an_answer_otherwise_once_more_follows_gives_a_row_for_each(model: Path) -> None:
+    tokenizer = load_tokenizer(model, chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {% if loop.last and m['role'] == 'assistant' %}w79 {% endif %}"
+        "{{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    encoder = Encoder(tokenizer, model, True)
+    rows = encoder([{"messages": CHAT, "answers": [1, 3]}])
+    thought = ids("w79")
+    assert encoder.parted == 1
+    assert [row["input_ids"] for row in rows] == [
+        [*FIRST, ASSISTANT, *thought, *ids("w3"), END],
+        [*SECOND, ASSISTANT, *thought, *ids("w5 w6"), END],
+    ]
+    assert [sum(label != IGNORED for label in row["labels"]) for row in rows] == [3, 4]

@@ -31,13 +31,14 @@ from helpers.tiny_model import (
     weights,
     write,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.__main__ import main
 from surgery.methods.half_reset import choose
 from surgery.optim.lion import Lion
-from surgery.train.anchor import Anchor
+from surgery.train.holds.hold import Scene
+from surgery.train.holds.mixout import Mixout
 
 OPTIMIZERS = ("adamw", "mofo", "hft", "lion", "sgd")
 
@@ -331,12 +332,13 @@ def test_a_penalty_pulls_towards_the_start(model: Path, eight: Path, tmp_path: P
 def test_mixout_mixes_and_passes_gradients_as_its_formula_says() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(40, 30)
-    anchor = Anchor(layer, mixout=0.4)
+    hold = Mixout(0.4)
+    hold.begin(Scene(layer, [], [], lambda _: {}, 1, 0))
     start = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1.0)  # now every entry differs from its start
     own, bias, inputs = layer.weight.detach().clone(), layer.bias.detach().clone(), torch.randn(7, 40)
-    with anchor.mixed(layer):
+    with hold.passing(layer):
         used = layer.weight.detach().clone()
         layer(inputs).square().sum().backward()
     taken = (used - (start - 0.4 * start) / 0.6).abs() < 1e-5
@@ -384,6 +386,77 @@ def test_lora_is_merged_or_kept_and_both_are_the_same(model: Path, data: Path, t
     assert main(words) == 0  # an adapter is a checkpoint for the other commands
 
 
+def test_one_adapter_goes_on_over_all_rounds_and_nothing_is_merged_between(model: Path, tmp_path: Path) -> None:
+    """LoraSeqFT: the second round's run is that of the same adapter trained on, beside the start model."""
+    tasks = [questions(tmp_path / f"{n}.jsonl", 20, shift=20 * n) for n in range(2)]
+    more = ("--lora", "2", "--lr", "3e-2")
+    assert surgery_train(model, tasks, tmp_path / "out", *more) == 0
+    first = load_file(tmp_path / "out" / "round-1" / "adapter_model.safetensors")
+    assert surgery_train(model, tasks, tmp_path / "kept", *more, "--keep-adapter") == 0
+    last = load_file(tmp_path / "kept" / "adapter_model.safetensors")
+    assert first.keys() == last.keys()
+    for name in first:  # more of the same adapter: neither begun anew nor near where it began
+        assert not torch.equal(first[name], last[name])
+        assert (last[name] - first[name]).norm() < 2 * first[name].norm() + 1
+    before, after = weights(model), weights(tmp_path / "out")
+    ranks = [torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4) for name in before if "_proj" in name]
+    assert max(map(int, ranks)) <= 2  # two adapters merged one after the other would have rank 4
+    assert report(tmp_path / "out")["continual"] == report(tmp_path / "kept")["continual"]
+
+
+@pytest.mark.parametrize("option", ["--l1", "--l2"])
+def test_a_penalty_on_loras_change_is_that_on_the_whole_matrix(
+    model: Path, eight: Path, tmp_path: Path, option: str
+) -> None:
+    """Three steps of SGD with λ ‖s · B A‖ in the loss, by autograd."""
+    from peft import LoraConfig, get_peft_model
+
+    more = (*FULL, "--lora", "4", "--optim", "sgd", "--lr", "1", "--keep-adapter")
+    assert surgery_train(model, eight, tmp_path / "out", *more, option, "0.05") == 0
+    torch.manual_seed(0)
+    net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    net = get_peft_model(net, config)
+    inputs, labels = batch()
+    found = []
+    for _ in range(3):
+        logits = net(input_ids=inputs, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        found.append(loss.item())
+        layers = [module for module in net.modules() if hasattr(module, "lora_A") and "default" in module.lora_A]
+        changes = [2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight for layer in layers]
+        penalty = sum(change.abs().sum() if option == "--l1" else change.square().sum() for change in changes)
+        net.zero_grad()
+        (loss + 0.05 * penalty).backward()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.grad is not None:
+                    parameter -= parameter.grad
+    assert losses(tmp_path / "out") == pytest.approx(found, rel=1e-4)
+    kept = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, parameter in net.named_parameters():
+        if "lora" in name and option == "--l2":  # the sign of a sum near 0 is rounding's
+            torch.testing.assert_close(kept[name.replace(".default", "")], parameter.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_hft_freezes_the_factors_of_the_matrices_that_it_draws(model: Path, tmp_path: Path) -> None:
+    tasks = [questions(tmp_path / f"{n}.jsonl", 20, shift=20 * n) for n in range(2)]
+    out = tmp_path / "out"
+    more = ("--lora", "2", "--hft", "0.5", "--keep-adapter", "--warmup", "0")
+    assert surgery_train(model, tasks, out, *more) == 0
+    first, last = (load_file(folder / "adapter_model.safetensors") for folder in (out / "round-1", out))
+    rounds = report(out)["rounds"]
+    for number, round in enumerate(rounds):
+        drawn = choose(weights(model), 0.5, "category", number)
+        held = [name for name in first if name.removeprefix("base_model.model.").replace(".lora_B", "") in drawn]
+        for name in (name for name in first if "lora_B" in name):  # which begins at zero
+            moved = bool(first[name].any()) if number == 0 else not torch.equal(first[name], last[name])
+            assert moved == (name not in held), (number, name)
+        assert 0 < len(held) < len(first)
+        assert 0 < round["frozen"]["trainable"] < 0.1
+
+
 def test_dpo_starts_at_log_two_and_prefers_what_was_chosen(model: Path, tmp_path: Path) -> None:
     file = write(
         tmp_path / "data.jsonl",
@@ -403,16 +476,30 @@ def test_dpo_starts_at_log_two_and_prefers_what_was_chosen(model: Path, tmp_path
         assert margins[1] > margins[0]
 
 
-def test_replayed_rows_are_trained_on(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_share_of_older_data_is_trained_on_whatever_its_kind(model: Path, data: Path, tmp_path: Path) -> None:
     old = write(tmp_path / "old.jsonl", [{"text": f"w{n} w60"} for n in range(10)])
-    assert surgery_train(model, data, tmp_path / "out", "--replay", old, "--replay-ratio", "0.2") == 0
-    assert report(tmp_path / "out")["rounds"][0]["rows"] == 50
     turns = [{"role": role, "content": "w1"} for role in ("user", "assistant")]
-    chats = write(tmp_path / "chats.jsonl", [{"messages": turns}])
-    assert surgery_train(model, data, tmp_path / "no", "--replay", chats) == 1
-    assert "Convert one." in capsys.readouterr().err
+    chats = write(tmp_path / "chats.jsonl", [{"messages": turns}] * 10)
+    more = ("--replay", old, "--replay", chats, "--replay-ratio", "0.2")
+    assert surgery_train(model, data, tmp_path / "out", *more) == 0
+    (round,) = report(tmp_path / "out")["rounds"]
+    assert (round["rows"], round["replayed"]) == (44, 4)
+
+
+def test_rounds_replay_a_share_of_those_before_and_the_first_has_none(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = [questions(tmp_path / f"{n}.jsonl", 20, shift=10 * n) for n in range(3)]
+    old = write(tmp_path / "old.jsonl", [{"text": f"w{n} w79"} for n in range(30)])
+    more = ("--replay", "rounds", "--replay", old, "--replay-ratio", "0.1", "--max-steps", "1")
+    assert surgery_train(model, tasks, tmp_path / "out", *more) == 0
+    rounds = report(tmp_path / "out")["rounds"]
+    # A tenth of what is remembered: nothing; 30 older rows and the first round's 19; 30 and 38. One row of each is held out.
+    assert [(round["rows"], round["replayed"]) for round in rounds] == [(19, 0), (24, 5), (26, 7)]
+    capsys.readouterr()
+    assert surgery_train(model, tasks, tmp_path / "planned", *more, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)["rounds"]
+    assert [round["replayed"] for round in planned] == [0, 5, 7]
 
 
 def test_a_file_of_settings_is_overruled_by_the_command_line(
@@ -586,7 +673,9 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_state(
         (("--batch-size", "6", "--accumulation", "4"), "--accumulation 4 does not divide"),
         (("--hft", "1.5"), "--hft must be between 0 and 1"),
         (("--keep-adapter",), "--keep-adapter needs --lora"),
-        (("--lora", "4", "--l2", "1"), "do not go with it"),
+        (("--lora", "4", "--mixout", "0.1"), "give --l2 instead"),
+        (("--lora", "4", "--freeze", "head"), "nothing to --freeze"),
+        (("--replay", "rounds"), "--replay rounds remembers earlier rounds"),
         (("--frozen-attention", "5"), "Lower --frozen-attention"),
         (("--frozen-attention", "2", "--level", "layer"), "--frozen-attention counts matrices of a category"),
         (("--frozen-feed-forward", "1,x"), "--frozen-feed-forward takes whole numbers"),
@@ -699,7 +788,6 @@ def test_a_generation_config_that_transformers_refuses_to_save_travels(
 def test_the_text_part_of_a_multimodal_model_is_trained_and_the_whole_is_written(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForImageTextToText, Gemma3Config
 
     text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}

@@ -1,0 +1,16 @@
+"""Ways to stay near the start while training. One is a file here and a line in `HOLDS`."""
+
+from __future__ import annotations
+
+from surgery.train.holds.distance import Distance
+from surgery.train.holds.hold import Hold
+from surgery.train.holds.mixout import Mixout
+from surgery.train.settings import Settings
+
+# In the order in which they act.
+HOLDS: tuple[type[Hold], ...] = (Mixout, Distance)
+
+
+def holds_of(settings: Settings) -> list[Hold]:
+    """The holds that the settings ask for."""
+    return [hold for kind in HOLDS if (hold := kind.of(settings)) is not None]

@@ -1,0 +1,65 @@
+"""What keeps a training near its start, as the trainer knows it: things done before a round, in a pass, and around a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.train.encode import Encoded
+from surgery.train.settings import Settings
+
+# input_ids, attention_mask and labels on the model's device, int64 [rows, length].
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is there before the first step of a round.
+
+    Attributes:
+        model: to be trained; what is frozen in this round has no gradient. Not yet sharded.
+        rows: of the round.
+        memory: what came before: the rows of each older file and of each earlier round, and own text, each a list.
+        batch: pads rows to a batch.
+        number: of the round, from 1.
+        seed: of the round.
+    """
+
+    model: nn.Module
+    rows: Sequence[Encoded]
+    memory: Sequence[Sequence[Encoded]]
+    batch: Callable[[Sequence[Encoded]], Batch]
+    number: int
+    seed: int
+
+
+class Hold:
+    """One way to stay near the start. Each does something at some of these places, and nothing at the others."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Hold | None:
+        """The hold that the settings ask for; None where they do not."""
+        raise NotImplementedError
+
+    def begin(self, scene: Scene) -> None:
+        """Prepare for a round; the model's weights are the same afterwards."""
+
+    @contextmanager
+    def passing(self, model: nn.Module) -> Iterator[None]:
+        """A context around a pass through the model and back."""
+        yield
+
+    def gradients(self, model: nn.Module) -> None:
+        """Change the gradients of a step, all parts of its batch together, before they are clipped."""
+
+    def stepped(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Change the weights after the optimizer did."""
+
+    def report(self) -> dict[str, Any]:
+        """What the report of a round says of it."""
+        return {}
