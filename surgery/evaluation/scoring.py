@@ -72,7 +72,7 @@ class Scoring:
     batch_size: int = option(8, help="Sequences in one forward pass.", panel=WORK)
     dtype: str = option(
         "auto",
-        help="To compute in: float32, bfloat16 or float16. [b]auto[/b] is pre's own where the device is made for it, else float32.",
+        help="To compute in: float32, bfloat16 or float16. [b]auto[/b] is pre's own where the device is fast at it, or float32.",
         panel=WORK,
     )
     device: str = option("auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N.", panel=WORK)

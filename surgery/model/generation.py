@@ -10,7 +10,7 @@ import torch
 from surgery.data.encode import end_of_turn
 from surgery.errors import CheckpointError, OptionError, reason
 from surgery.model.language_model import Advance, LanguageModel
-from surgery.model.likelihood import check_ids
+from surgery.model.likelihood import check_ids, padded
 
 SAMPLED = 32  # texts that are written at once, whatever the batch size, so that a seed means one thing
 TAIL = 16  # tokens in which the stop is looked for
@@ -109,7 +109,7 @@ def sample(
             torch.manual_seed(seed)
             for start in range(0, len(prompts), SAMPLED):
                 batch = prompts[start : start + SAMPLED]
-                ids, mask = _padded(batch, free.pad_token_id)
+                ids, mask = padded(batch, free.pad_token_id, left=True)
                 output = net.generate(
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=free
                 )
@@ -122,22 +122,11 @@ def sample(
     return written
 
 
-def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts padded on the left, int64 [prompts, length], and where they are, likewise."""
-    length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, length - len(prompt) :] = 1
-    return ids, mask
-
-
 def _answer(
     model: LanguageModel, prompts: list[list[int]], greedy: Any, ends: list[int], stop: str | None
 ) -> list[str]:
     net: Any = model.model
-    ids, mask = _padded(prompts, greedy.pad_token_id)
+    ids, mask = padded(prompts, greedy.pad_token_id, left=True)
     length = ids.shape[1]
 
     def stopped(found: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """How likely a model finds texts, many at once.
 
-Logits are made only where a token is scored, since those of a vocabulary of 150,000 take 5 GB for 8 texts of 1,024 tokens.
+Logits are made only where a token is scored, since those of a vocabulary of 150,000 take 5 GB for 8 texts of 1,024 tokens. A
+context with several continuations, such as a question with its choices, is read once where the model's cache allows it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,13 +48,48 @@ def loglikelihoods(model: LanguageModel, pairs: Sequence[Pair], advance: Advance
     vocabulary = check_ids(model, (ids for pair in fitted for ids in pair))
     found = [0.0] * len(fitted)
     done = 0
+
+    def keep(batch: Sequence[int], scores: Sequence[float]) -> None:
+        nonlocal done
+        for index, score in zip(batch, scores, strict=True):
+            found[index] = score
+        done += len(batch)
+        advance(done, len(fitted))
+
+    branches = _branches(fitted) if _remembers(model) else {}
+    alone = sorted(set(range(len(fitted))) - {index for group in branches.values() for index in group})
     with model.running():
-        for batch in batches(fitted, model.batch, vocabulary):
-            for index, score in zip(batch, _score(model, [fitted[index] for index in batch]), strict=True):
-                found[index] = score
-            done += len(batch)
-            advance(done, len(fitted))
+        for batch in batches([fitted[index] for index in alone], model.batch, vocabulary):
+            keep([alone[at] for at in batch], _score(model, [fitted[alone[at]] for at in batch]))
+        groups = list(branches.values())
+        joined = [(fitted[group[0]][0], [token for index in group for token in fitted[index][1]]) for group in groups]
+        size = max(1, model.batch // max(map(len, groups), default=1))
+        for batch in batches(joined, size, vocabulary):
+            members = [index for at in batch for index in groups[at]]
+            keep(members, _score_branches(model, [[fitted[index] for index in groups[at]] for at in batch]))
     return found
+
+
+def _branches(pairs: Sequence[Pair]) -> dict[tuple[int, ...], list[int]]:
+    """Indices of the pairs whose context others have too, by the context."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, continuation) in enumerate(pairs):
+        if continuation:
+            groups.setdefault(tuple(context), []).append(index)
+    return {context: group for context, group in groups.items() if len(group) > 1 and len(context) > 1}
+
+
+def _remembers(model: LanguageModel) -> bool:
+    """Whether every layer keeps the keys and values of all tokens, so that what was read once can be gone on from."""
+    config = model.model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return (
+        kinds == {"full_attention"}
+        and window is None
+        and not getattr(type(model.model), "_is_stateful", False)
+        and {"past_key_values", "use_cache"} <= set(inspect.signature(type(model.model).forward).parameters)
+    )
 
 
 def fit(model: LanguageModel, pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
@@ -118,20 +155,91 @@ def _score(model: LanguageModel, pairs: Sequence[Pair]) -> list[float]:
     wanted = torch.tensor([token for _, continuation in pairs for token in continuation], device=model.device)
     if not len(wanted):
         return [0.0] * len(pairs)
-    logits = logits_of(model, pairs)
+    losses = _losses(model, logits_of(model, pairs), wanted)
+    ends = np.cumsum(counts)
+    return [-float(losses[end - count : end].sum()) for end, count in zip(ends, counts, strict=True)]
+
+
+def _losses(model: LanguageModel, logits: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
+    """−log p of each wanted token, float64 [tokens].
+
+    Raises:
+        CheckpointError: one is no number.
+    """
     step = max(1, PIECE // logits.shape[-1])
-    losses = []
-    for start in range(0, len(wanted), step):
-        piece, tokens = logits[start : start + step], wanted[start : start + step]
-        losses.append(cross_entropy(piece.float(), tokens, reduction="none").double().cpu())
-    loss = torch.cat(losses).numpy()
-    if not np.isfinite(loss).all():
+    pieces = [
+        cross_entropy(logits[start : start + step].float(), wanted[start : start + step], reduction="none")
+        for start in range(0, len(wanted), step)
+    ]
+    losses: np.ndarray = torch.cat(pieces).double().cpu().numpy()
+    if not np.isfinite(losses).all():
         raise CheckpointError(
             f"{model.folder}: the model's logits are not finite when it computes in {str(model.dtype).removeprefix('torch.')}. "
             "Give `dtype` float32; if it says so again, the weights are broken."
         )
-    ends = np.cumsum(counts)
-    return [-float(loss[end - count : end].sum()) for end, count in zip(ends, counts, strict=True)]
+    return losses
+
+
+def _score_branches(model: LanguageModel, groups: Sequence[Sequence[Pair]]) -> list[float]:
+    """The scores of several continuations of each context, group by group: contexts are read once, padded on the left."""
+    net: Any = model.model
+    device, contexts = model.device, [group[0][0] for group in groups]
+    ids, mask = padded(contexts, left=True)
+    origins = torch.tensor([at for at, group in enumerate(groups) for _ in group])
+    continuations = [continuation for group in groups for _, continuation in group]
+    last = Places(
+        ids.shape, torch.arange(len(groups), device=device), torch.full((len(groups),), ids.shape[1] - 1).to(device)
+    )
+    with _at_head(model, last):
+        read = net(**_going_on(net, ids, mask, None), use_cache=True)
+    first = _chosen(read.logits, last)[origins.to(device)]
+    totals = -_losses(model, first, torch.tensor([tokens[0] for tokens in continuations], device=device))
+    longer = [at for at, tokens in enumerate(continuations) if len(tokens) > 1]
+    if longer:
+        cache, kept = read.past_key_values, origins[longer]
+        cache.batch_select_indices(kept.to(device))
+        texts = [continuations[at][:-1] for at in longer]
+        more, there = padded(texts)
+        rows = torch.tensor([row for row, text in enumerate(texts) for _ in text], device=device)
+        columns = torch.tensor([column for text in texts for column in range(len(text))], device=device)
+        places = Places(more.shape, rows, columns)
+        with _at_head(model, places):
+            output = net(**_going_on(net, more, torch.cat([mask[kept], there], 1), cache), use_cache=True)
+        wanted = torch.tensor([token for at in longer for token in continuations[at][1:]], device=device)
+        losses = _losses(model, _chosen(output.logits, places), wanted)
+        np.subtract.at(totals, np.repeat(longer, [len(text) for text in texts]), losses)
+    return [float(total) for total in totals]
+
+
+def _chosen(logits: torch.Tensor, at: Places) -> torch.Tensor:
+    """The logits at some places, [places, vocabulary], of those that a model gave back, which may be these alone."""
+    return logits[0] if logits.shape[:2] == (1, len(at.rows)) else logits[at.rows, at.columns]
+
+
+def _going_on(net: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> dict[str, Any]:
+    """What to call a model with for the tokens that follow those in the cache.
+
+    Args:
+        ids: int64 [texts, length].
+        mask: 1 where a token is, of those in the cache too, int64 [texts, all].
+    """
+    device = net.device
+    arguments = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "past_key_values": cache}
+    if "position_ids" in inspect.signature(type(net).forward).parameters:
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(device)
+    return arguments
+
+
+def padded(texts: Sequence[list[int]], token: int = PAD, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of one length, padded on the right or the left, int64 [texts, length], and where they are, likewise."""
+    length = max(map(len, texts))
+    ids = torch.full((len(texts), length), token, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        there = slice(length - len(text), length) if left else slice(len(text))
+        ids[row, there] = torch.tensor(text, dtype=torch.int64)
+        mask[row, there] = 1
+    return ids, mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +269,11 @@ def logits_of(model: LanguageModel, pairs: Sequence[Pair], other: Head | None = 
     arguments, at = _arguments(model, pairs)
     with _at_head(model, at, other=other):
         logits: torch.Tensor = model.model(**arguments).logits
-    if logits.shape[:2] == (1, len(at.rows) * (1 if other is None else 2)):
-        return logits[0]
-    if other is not None:
+    if other is None:
+        return _chosen(logits, at)
+    if logits.shape[:2] != (1, 2 * len(at.rows)):
         raise CheckpointError(f"{model.folder}: {type(model.model).__name__} has no head that surgery can ask.")
-    return logits[at.rows, at.columns]
+    return logits[0]
 
 
 def states_of(model: LanguageModel, pairs: Sequence[Pair]) -> torch.Tensor:
@@ -192,12 +300,7 @@ def _arguments(model: LanguageModel, pairs: Sequence[Pair]) -> tuple[dict[str, A
     """What to call the model with, and where each token is predicted: where the one before it stands."""
     texts = [(context + continuation)[:-1] for context, continuation in pairs]
     counts = [len(continuation) for _, continuation in pairs]
-    length = max(map(len, texts))
-    ids = torch.full((len(texts), length), PAD, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
-        mask[row, : len(text)] = 1
+    ids, mask = padded(texts)
     places = [range(len(text) - count, len(text)) for text, count in zip(texts, counts, strict=True)]
     rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(model.device)
     columns = torch.tensor([column for places_of_row in places for column in places_of_row], device=model.device)

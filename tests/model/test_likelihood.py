@@ -48,6 +48,29 @@ def test_each_text_is_as_likely_as_alone(tmp_path: Path, family: str) -> None:
         assert total == pytest.approx(-hf_loss(plain, context, continuation) * len(continuation), rel=2e-5, abs=2e-5)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2", "gpt_neox", "opt", "phi3"])
+def test_a_context_with_several_continuations_is_read_once(tmp_path: Path, family: str) -> None:
+    folder = make_lm(tmp_path / "a", family, **FAMILIES.get(family, {}))
+    model, plain = open_lm(folder, batch=6), reference(folder)
+    draw = random.Random(6)
+    contexts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (9, 30, 2, 17, 1)]
+    asked = [
+        (context, [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 7))])
+        for context in contexts
+        for _ in range(draw.randint(2, 4))
+    ]
+    draw.shuffle(asked)
+    asked += [(contexts[0], []), ([5, 6, 7], [8])]
+    read: list[int] = []
+    model.model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: read.append(inputs[0].numel()))
+    found = loglikelihoods(model, asked, ignore)
+    for (context, continuation), total in zip(asked, found, strict=True):
+        alone = -hf_loss(plain, context, continuation) * len(continuation) if continuation else 0.0
+        assert total == pytest.approx(alone, rel=2e-5, abs=2e-5)
+    if family in ("llama", "gpt2", "qwen2", "gpt_neox"):
+        assert sum(read) < 0.7 * sum(len(context) + len(continuation) for context, continuation in asked)
+
+
 def test_an_empty_continuation_is_certain(tmp_path: Path) -> None:
     assert loglikelihoods(open_lm(make_lm(tmp_path / "a")), [([5, 6, 7], [])], ignore) == [0.0]
 
