@@ -88,8 +88,11 @@ def _auto(
     from surgery.comparison.folder import Folder
     from surgery.comparison.race import wanted
     from surgery.display import say
+    from surgery.evaluation.spread import find_process
     from surgery.evaluation.subject import open_subjects
 
+    if find_process() is not None:
+        raise OptionError("auto decides by each score what to score next, in one process: start it without torchrun.")
     goal = wanted(limits.max_forgetting, limits.min_retention)
     scoring = scoring if scoring.general else replace(scoring, general=("self",))
     inputs = scoring.inputs(pair.pre, pair.ft, *others.checkpoints)

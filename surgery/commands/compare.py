@@ -45,14 +45,19 @@ def _compare(pair: Pair, others: Others, shown: Shown, scoring: Scoring) -> None
     from surgery.comparison.compare import compare
     from surgery.comparison.display import scoring_progress, show
     from surgery.comparison.folder import Folder
+    from surgery.evaluation.spread import find_process, spread
     from surgery.evaluation.subject import open_subjects
 
     inputs = scoring.inputs(pair.pre, pair.ft, *others.checkpoints)
-    folder = Folder(shown.report, inputs) if shown.report else None
+    process = find_process()
+    folder = Folder(shown.report, inputs) if shown.report and (process is None or process.rank == 0) else None
     subjects = open_subjects(pair.pre, pair.ft, others.checkpoints)
     tasks, general = scoring.measures(general=False)
     with scoring_progress(len(subjects)) as observe:
-        document = compare(subjects, tasks, general, scoring, command=["surgery", *sys.argv[1:]], observe=observe)
+        mine = spread(subjects, [*tasks, *general], scoring, observe)
+        if mine is None:
+            return
+        document = compare(subjects, tasks, general, mine, command=["surgery", *sys.argv[1:]], observe=observe)
     show(document, folder, as_json=shown.as_json)
     if document["stopped"]:
         raise KeyboardInterrupt

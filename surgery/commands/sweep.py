@@ -99,11 +99,12 @@ def _sweep(
     from surgery.checkpoint.output import check_output
     from surgery.comparison.display import scoring_progress, show
     from surgery.comparison.folder import Folder
-    from surgery.comparison.grid import command_words, label, named, settings
+    from surgery.comparison.grid import command_words, interleaved, label, named, settings
     from surgery.comparison.race import parse_goal
     from surgery.comparison.sweep import Edits, sweep
     from surgery.display import say
     from surgery.editing.job import plan
+    from surgery.evaluation.spread import find_process, spread
     from surgery.evaluation.subject import open_subjects
     from surgery.methods.method import main_option, swept_options
 
@@ -136,19 +137,24 @@ def _sweep(
     edits.check(one for group in groups for one in group)
     inputs = [*job.inputs, *scoring.inputs(pair.pre, pair.ft)]
     tasks, general = scoring.measures()
-    folder = Folder(shown.report, inputs) if shown.report else None
+    process = find_process()
+    folder = Folder(shown.report, inputs) if shown.report and (process is None or process.rank == 0) else None
     for kind in calibrating:
         at, name = kinds.index(kind), main_option(kind).name
         jobs[kind.name] = with_norms(job, groups[at][0], calibrated, scoring.device)
         normed: Any = jobs[kind.name].method
         groups[at] = [replace(normed, **{name: getattr(one, name)}) for one in groups[at]]
     with scoring_progress(2 + sum(map(len, groups))) as observe:
+        rows = [edits.subject(method) for method in interleaved(groups)]
+        mine = spread([*subjects, *rows], [*tasks, *general], scoring, observe)
+        if mine is None:
+            return
         found = sweep(
             edits,
             groups,
             tasks,
             general,
-            scoring,
+            mine,
             goal=goal,
             command=["surgery", *sys.argv[1:]],
             observe=observe,

@@ -53,6 +53,17 @@ class Edits:
         """
         return replan(self.jobs[method.name], method)
 
+    def subject(self, method: Method) -> Subject:
+        """The model that a setting makes, as a row.
+
+        Raises:
+            OptionError: the setting does not fit the model.
+        """
+        edited = edited_subject(
+            self.job(method), label=label(method), device=self.device, allow_nonfinite=self.allow_nonfinite
+        )
+        return replace(edited, command=self.commands(method))
+
     def check(self, methods: Iterable[Method]) -> None:
         """Refuse, before any work, settings that do not fit the model.
 
@@ -145,10 +156,7 @@ def sweep(
         pre, ft = map(bench.score, edits.subjects)
         try:
             for method in interleaved(groups):
-                subject = edited_subject(
-                    edits.job(method), label=label(method), device=edits.device, allow_nonfinite=edits.allow_nonfinite
-                )
-                scored[subject.label] = bench.score(replace(subject, command=edits.commands(method)))
+                scored[label(method)] = bench.score(edits.subject(method))
         except KeyboardInterrupt:
             stopped = True
     rows = [scored[label(method)] for method in methods if label(method) in scored]
