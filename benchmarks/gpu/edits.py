@@ -36,6 +36,7 @@ from surgery.text import count as entries
 
 LAYERS, WIDTH, FEED_FORWARD, KV, VOCABULARY = 28, 3072, 8192, 1024, 128256
 ROUNDS = 3
+RESERVE = 35  # seconds for what comes after the rounds
 SHARD = 4 << 30  # bytes
 # In the order of their worth, since a round may be cut short.
 TIMED = ("fapm", "magnitude", "hma", "breadcrumbs", "half-reset")
@@ -51,10 +52,10 @@ def run(record: Record) -> None:
     seconds = record.timed(make_pair, pair, shapes, record.device)
     size = sum(path.stat().st_size for path in (pair / "ft").iterdir())
     record.keep("pair", {"layers": shapes[1], "bytes of a side": size, "seconds to make": seconds})
-    _alone(record, pair, size)
-    _where(record, pair)
     _rounds(record, pair, size)
+    _where(record, pair)
     _start_up(record)
+    _alone(record, pair, size)
     _spectral(record)
 
 
@@ -174,6 +175,8 @@ def _alone(record: Record, pair: Path, size: int) -> None:
     for method in ("fapm", "hma"):
         job, found = _job(pair, method, record.work / "none"), {}
         for device in _devices(record):
+            if record.left < 12:
+                return
             engine_alone(job, device)  # which starts the device and its allocator
             seconds = statistics.median(record.timed(engine_alone, job, device) for _ in range(ROUNDS))
             found[device.type] = seconds
@@ -246,7 +249,7 @@ def _rounds(record: Record, pair: Path, size: int) -> None:
     longest = 0.0
     for _ in range(1 if record.small else ROUNDS):
         for name, call in calls.items():
-            if record.left < 2 * longest + 5:
+            if record.left < 2 * longest + RESERVE:
                 return
             shutil.rmtree(out, ignore_errors=True)
             os.sync()

@@ -31,63 +31,49 @@ DTYPES = (
     (torch.float64, torch.float64),
 )
 SPECTRAL = (DgHard, Intruder)
+Counts = tuple[int, int, int]  # entries, those that differ, and those that differ by more than rounding
 # Of MoFO: with these, moments of gradients of few bits are exact in every arithmetic, and ties are real.
 EXACT = (0.5, 0.75)
 
 
 def run(record: Record) -> None:
-    """Edits of every method and pair of types; then the choices of MoFO."""
-    wide = (300, 1024) if record.small else (2048, 4099)  # more than a chunk of the device
-    types = DTYPES[:3] if record.small else DTYPES
-    for name, kind in METHODS.items():
-        found = [
-            _edit(
-                record.work / f"{name}-{number}",
-                kind(),
-                *dtypes,
-                (700, 300) if kind in SPECTRAL else wide,
-                record.device,
-            )
-            for number, dtypes in enumerate(types)
-        ]
-        entries, other, far = (sum(counts) for counts in zip(*found, strict=True))
-        against = "0: other libraries' decompositions" if kind in SPECTRAL else "0: byte for byte"
-        result = (
-            f"{far:,} of {entries:,} entries not within rounding"
-            if kind in SPECTRAL
-            else f"{other:,} of {entries:,} differ"
-        )
-        record.keep(name, {str(dtypes): case for dtypes, case in zip(types, found, strict=True)})
-        record.line(name, result, against)
-    _against_reference(record)
-    _against_processor(record)
+    """Edits of every method and pair of types; after the first types, the choices of MoFO."""
+    found: dict[str, dict[str, Counts]] = {name: {} for name in METHODS}
+    for number, dtypes in enumerate(DTYPES[:3] if record.small else DTYPES):
+        wide = (300, 1024) if record.small else (2048, 4099) if number < 2 else (1100, 1031)
+        folder = record.work / str(number)
+        pair, little = _pair(folder / "wide", *dtypes, wide), _pair(folder / "little", *dtypes, (700, 300))
+        for name, kind in METHODS.items():
+            spectral = kind in SPECTRAL
+            found[name][str(dtypes)] = _edit(little if spectral else pair, kind(), dtypes[1], record.device)
+            entries, other, far = (sum(counts) for counts in zip(*found[name].values(), strict=True))
+            record.keep(name, found[name])
+            if spectral:
+                record.line(name, f"{far:,} of {entries:,} not within rounding", "0: other libraries' decompositions")
+            else:
+                record.line(name, f"{other:,} of {entries:,} differ", "0: byte for byte")
+        for path in folder.rglob("*.safetensors"):
+            path.unlink()
+        if number == 0:
+            _against_reference(record)
+            _against_processor(record)
 
 
-def _edit(
-    folder: Path,
-    method: Method,
-    pre_dtype: torch.dtype,
-    ft_dtype: torch.dtype,
-    wide: tuple[int, int],
-    device: torch.device,
-) -> tuple[int, int, int]:
-    """Edit a pair on both: entries, how many of them differ, and how many by more than rounding."""
-    pre, ft = _pair(folder, pre_dtype, ft_dtype, wide)
+def _edit(pair: tuple[Path, Path], method: Method, dtype: torch.dtype, device: torch.device) -> Counts:
+    """Edit a pair on both, whose ft is of a type."""
     entries = other = far = 0
-    for step in prepare(pre, ft, method).steps:
+    for step in prepare(*pair, method).steps:
         sides = []
         for engine in (CpuEngine(lambda _: None), CudaEngine(lambda _: None, device)):
             made = Made(step.ft.nbytes)
             engine.run(step, made)
             sides.append(torch.frombuffer(made.view, dtype=torch.uint8))
-        one, two = (side.view(ft_dtype) for side in sides)
+        one, two = (side.view(dtype) for side in sides)
         words = [side.view(len(one), -1) for side in sides]
         entries += len(one)
         other += int((words[0] != words[1]).any(dim=1).sum())
-        close = torch.isclose(two.double(), one.double(), rtol=torch.finfo(ft_dtype).eps, atol=1e-12)
+        close = torch.isclose(two.double(), one.double(), rtol=torch.finfo(dtype).eps, atol=1e-12)
         far += int((~close).sum())
-    for path in folder.rglob("*.safetensors"):
-        path.unlink()
     return entries, other, far
 
 

@@ -98,7 +98,7 @@ def _rate(record: Record, what: str, tokens: int, call: Callable[[], object]) ->
 
 def _generated(record: Record, net: LanguageModel) -> None:
     """Answers that go on until they are as long as they may be: random weights hardly ever end one."""
-    count, length = (4, 4) if record.small else (256, 128)
+    count, length = (4, 4) if record.small else (128, 64)
     draw = random.Random(1)
     prompts = [[draw.randrange(256) for _ in range(60)] for _ in range(count)]
     _rate(record, "generated answers", count * length, partial(generate, net, prompts, length, None, _ignore))
