@@ -145,7 +145,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], stored: int) -> None:
         if stored == 2:
             held[name] = value.bfloat16()
             continue
-        blocks = value.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+        blocks = value.view(value.shape[0] // BLOCK, BLOCK, value.shape[1] // BLOCK, BLOCK)
         scale = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
         held[name] = (blocks / scale[:, None, :, None]).reshape(value.shape).to(torch.float8_e4m3fn)
         held[f"{name}_scale_inv"] = scale

@@ -77,7 +77,15 @@ def narrow(values: Array, dtype: str) -> Array:
     """Values (float32 or float64) rounded to the nearest stored value of dtype, ties to even: a raw chunk."""
     if dtype != "BF16":
         return values.astype(RAW[dtype])
-    values = values.astype(np.float32)
+    values = np.ascontiguousarray(values, np.float32)
     bits = values.view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
-    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= 16
+    stored = rounded.astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():
+        stored[nan] = bits[nan] >> 16 | 0x40
+    return stored

@@ -94,7 +94,7 @@ class Scaled:
         def values(first: int, last: int) -> Floats:
             begin, end = first // columns, last // columns
             raw = taken(readers[0], begin * row_bytes, end * row_bytes).reshape(end - begin, row_bytes)
-            q = unpacked(raw, self.bits)[:, :columns] if self.packed else numbers[raw]
+            q = unpacked(raw, self.bits)[:, :columns] if self.packed else numbers.take(raw)
             at = np.arange(begin, end)
             of_row = at // rows * per_matrix + at % rows // self.block[0]
             if single:

@@ -144,9 +144,10 @@ class OpenDequantized:
             raise EOFError
         with np.errstate(all="ignore"):
             numbers = self.values(first, last)
-            for dtype in self.data.through:
-                raw = narrow(numbers, dtype)
-                numbers = widen(dtype, raw)
+            *before, last_type = self.data.through
+            for dtype in before:
+                numbers = widen(dtype, narrow(numbers, dtype))
+            raw = narrow(numbers, last_type)
         self.held, self.number = memoryview(np.ascontiguousarray(raw).view(np.uint8).ravel()), number
 
     def close(self) -> None:
