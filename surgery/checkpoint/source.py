@@ -113,7 +113,8 @@ def weights_of(source: Source, *, adapters: bool = True) -> Choice:
         if len(inner) == 1:
             (name, choice), *_ = inner.items()
             note = f"The weights of {source.folder} lie in its folder {name}."
-            return replace(choice, inside=name, notes=(*choice.notes, note))
+            inside = f"{name}/{choice.inside}" if choice.inside else name
+            return replace(choice, inside=inside, notes=(*choice.notes, note))
         if inner:
             raise CheckpointError(
                 f"{source.folder}: has no weights itself, and {len(inner)} folders that do ({_some(inner)}). Give one, such as "
@@ -156,7 +157,7 @@ def _inside(folder: Path) -> dict[str, Choice]:
 
 def _folders(folder: Path) -> list[Path]:
     with suppress(OSError):
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "optim")))
     return []
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from surgery.checkpoint.formats import adapter, gguf, meta, mlx, pytorch, safetensors
+from surgery.checkpoint.formats import adapter, distributed, gguf, meta, mlx, pytorch, safetensors
 from surgery.checkpoint.formats.foreign import explained
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear
 from surgery.errors import CheckpointError, SurgeryError
@@ -18,7 +18,15 @@ __all__ = ["FORMATS", "Base", "Choice", "Format", "Opened", "choose", "single"]
 # In the order in which they are looked for: an adapter changes what lies beside it, safetensors come before torch's own files.
 FORMATS: dict[str, Format] = {
     format.name: format
-    for format in (adapter.FORMAT, mlx.FORMAT, safetensors.FORMAT, pytorch.FORMAT, meta.FORMAT, gguf.FORMAT)
+    for format in (
+        adapter.FORMAT,
+        mlx.FORMAT,
+        safetensors.FORMAT,
+        distributed.FORMAT,
+        pytorch.FORMAT,
+        meta.FORMAT,
+        gguf.FORMAT,
+    )
 }
 
 

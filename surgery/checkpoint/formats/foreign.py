@@ -24,6 +24,7 @@ class Foreign(NamedTuple):
     way: str
 
 
+JOIN = "Join its pieces with `accelerate merge-weights {where} {where}-whole`, and put the model's config.json there."
 KINDS = (
     Foreign(
         re.compile(r"(?:global_step[0-9]+|zero_to_fp32\.py|.*zero_pp_rank_[0-9]+_mp_rank_[0-9]+.*\.pt)"),
@@ -36,14 +37,14 @@ KINDS = (
         "Join them with `python -m verl.model_merger merge --backend fsdp --local_dir {where} --target_dir {where}-whole`.",
     ),
     Foreign(
-        re.compile(r"(?:mp_rank_[0-9]+(?:_[0-9]+)?|iter_[0-9]+|latest_checkpointed_iteration\.txt)"),
+        re.compile(r"(?:mp_rank_[0-9]+(?:_[0-9]+)?|iter_[0-9]+|latest_checkpointed_iteration\.txt|common\.pt)"),
         "is a checkpoint of Megatron ({file})",
         "Convert it to the Hugging Face format with Megatron's own converter (tools/checkpoint/convert.py).",
     ),
     Foreign(
         re.compile(r"(?:pytorch_model_fsdp_[0-9]+|.*\.distcp|\.metadata|optimizer_[0-9]+\.distcp)"),
         "is a distributed checkpoint of FSDP (torch.distributed.checkpoint: {file})",
-        "Join its pieces with `accelerate merge-weights {where} {where}-whole`, and put the model's config.json there.",
+        JOIN,
     ),
     Foreign(
         re.compile(r"consolidated\.safetensors"),

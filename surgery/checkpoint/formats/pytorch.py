@@ -14,8 +14,8 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from surgery.checkpoint.dtypes import BITS, TORCH
 from surgery.checkpoint.formats.format import Base, Choice, Format, Opened, Unclear, top_level
 from surgery.checkpoint.formats.shards import join, numbered_set, read_index, stale_index
-from surgery.checkpoint.readable import open_file
+from surgery.checkpoint.readable import open_file, readable
 from surgery.checkpoint.tensor import Handle, Span, Tensor, read_into
 from surgery.errors import CheckpointError
 
@@ -37,13 +37,13 @@ SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ENDINGS = (".pth", ".pt", ".bin")
 # What a training leaves beside the weights in the same format, and other formats' files.
 NO_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|rng_state\w*|scaler|\w*mp_rank\w*|tokenizer\w*|model_world_size\w*)\.(bin|pth?)"
+    r"(training_args|common|optimizer|scheduler|rng_state\w*|scaler|\w*mp_rank\w*|tokenizer\w*|model_world_size\w*)\.(bin|pth?)"
     r"|adapter_model\..*|consolidated\.[0-9]{2}\.pth|pytorch_model-[0-9-of]+\.bin\.tmp"
 )
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 MAX_PICKLE = 100_000_000  # as for the header of a safetensors file
 # Where training programs keep the weights among other things.
-NESTED = ("state_dict", "model", "module")
+NESTED = ("state_dict", "model", "module", "model_state_dict")
 # Entries that a strided tensor gathers at once: those of an engine's chunk.
 GATHERED = 1 << 18
 DTYPES = {theirs: ours for ours, theirs in TORCH.items()}
@@ -54,49 +54,77 @@ SAFER = "Take the model as safetensors, from a source that you trust."
 def read(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file that `torch.save` wrote, in its order, reading no numbers and running no code of the file.
 
-    The file holds a state dict, or a dict with one under "state_dict", "model" or "module"; what else is in it is left out.
+    The file holds a state dict, or a dict with one under one of the names in `NESTED`; what else is in it is left out.
     Parameters count as tensors. Tensors that share a storage, as tied weights do, become two tensors.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, is no such file, would run code, was saved in torch's format from
             before 1.6, by TorchScript or on a big-endian machine, or holds a tensor of a kind that safetensors has no name for.
     """
-    try:
-        records = _records(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Download or save the checkpoint again.") from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: no permission to read it. Change its mode or run as its owner.") from None
-    except (zipfile.BadZipFile, struct.error, EOFError, ValueError, NotImplementedError):
-        raise CheckpointError(f"{path}: truncated or damaged: its zip archive cannot be read. {AGAIN}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    with _archive(path), open_file(path) as file:
+        records = _records(path, file)
     return {name: _tensor(path, name, tensor, records) for name, tensor in _state_dict(path, _load(path)).items()}
 
 
-def _records(path: Path) -> dict[int, int]:
+def read_one(path: Path, file: BinaryIO, begin: int, name: str) -> Tensor:
+    """The one tensor that `torch.save` wrote into a part of a file, likewise.
+
+    Args:
+        path: the file.
+        file: that part of it, opened, as if it were a file of its own.
+        begin: the byte of the whole file that the part begins at.
+        name: what the tensor is called.
+
+    Raises:
+        CheckpointError: as `read`, or it is no single tensor.
+    """
+    import torch
+
+    with _archive(path):
+        records = _records(path, file)
+    file.seek(0)
+    held = _load(path, file)
+    if not isinstance(held, torch.Tensor):
+        raise CheckpointError(f"{path}: holds no tensor where {name} should be: the file is damaged. {AGAIN}")
+    tensor = _tensor(path, name, held, records)
+    assert isinstance(tensor.data, Span | Strided)
+    return replace(tensor, data=replace(tensor.data, begin=tensor.data.begin + begin))
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while an archive's list of records is read into CheckpointError."""
+    with readable(path):
+        try:
+            yield
+        except (zipfile.BadZipFile, struct.error, EOFError, ValueError, NotImplementedError):
+            raise CheckpointError(f"{path}: truncated or damaged: its zip archive cannot be read. {AGAIN}") from None
+
+
+def _records(path: Path, file: BinaryIO) -> dict[int, int]:
     """The archive's records: the byte that each begins at -> its length."""
-    with open_file(path) as file:
-        size, first = os.fstat(file.fileno()).st_size, file.read(4)
-        if first != b"PK\3\4":
-            raise CheckpointError(_not_a_zip(path, first))
-        with zipfile.ZipFile(file) as archive:
-            found = archive.infolist()
-            _check_kind(path, archive)
-        records = {}
-        for record in found:
-            if record.flag_bits & 1 or record.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(
-                    f"{path}: its record {record.filename} is compressed or encrypted, which torch.save never does. {AGAIN}"
-                )
-            file.seek(record.header_offset)
-            signature, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-            begin = record.header_offset + LOCAL_HEADER.size + name + extra
-            if signature != b"PK\3\4" or record.file_size != record.compress_size or begin + record.file_size > size:
-                raise CheckpointError(
-                    f"{path}: truncated or damaged: its record {record.filename} does not fit in it. {AGAIN}"
-                )
-            records[begin] = record.file_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    first = file.read(4)
+    if first != b"PK\3\4":
+        raise CheckpointError(_not_a_zip(path, first))
+    with zipfile.ZipFile(file) as archive:
+        found = archive.infolist()
+        _check_kind(path, archive)
+    records = {}
+    for record in found:
+        if record.flag_bits & 1 or record.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"{path}: its record {record.filename} is compressed or encrypted, which torch.save never does. {AGAIN}"
+            )
+        file.seek(record.header_offset)
+        signature, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+        begin = record.header_offset + LOCAL_HEADER.size + name + extra
+        if signature != b"PK\3\4" or record.file_size != record.compress_size or begin + record.file_size > size:
+            raise CheckpointError(
+                f"{path}: truncated or damaged: its record {record.filename} does not fit in it. {AGAIN}"
+            )
+        records[begin] = record.file_size
     return records
 
 
@@ -133,14 +161,14 @@ def _check_kind(path: Path, archive: zipfile.ZipFile) -> None:
                 raise CheckpointError(f"{path}: was saved on a big-endian machine. Save it again on another.")
 
 
-def _load(path: Path) -> Any:
-    """What the file holds, its tensors without numbers."""
+def _load(path: Path, part: BinaryIO | None = None) -> Any:
+    """What the file, or a part of it, holds, its tensors without numbers."""
     import torch
 
     with warnings.catch_warnings(), _without_numbers():
         warnings.simplefilter("ignore")
         try:
-            return torch.load(path, weights_only=True, mmap=True, map_location="meta")
+            return torch.load(part or path, weights_only=True, mmap=part is None, map_location="meta")
         except pickle.UnpicklingError as error:
             code = re.search(r"GLOBAL ([\w.]+)", str(error))
             if code is None:
