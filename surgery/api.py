@@ -193,19 +193,9 @@ def evaluate(
     Raises:
         SurgeryError: the model or a measure is not as it should be.
     """
-    from surgery.evaluation.measures import find_measures
     from surgery.evaluation.scores import BasedMeasure
 
-    scoring = Scoring(**options)
-    found = find_measures(
-        _names(measures),
-        metric=metric,
-        limit=limit,
-        seq_len=scoring.seq_len,
-        max_new_tokens=scoring.max_new_tokens,
-        prompt_field=scoring.prompt_field,
-        completion_field=scoring.completion_field,
-    )
+    found = (scoring := Scoring(limit=limit, **options)).find(_names(measures), metric=metric)
     if based := [measure.name for measure in found if isinstance(measure, BasedMeasure)]:
         raise OptionError(f"{based[0]} compares a model with its base: use `surgery.compare`.")
     with scoring.bench(found) as bench:

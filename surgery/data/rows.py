@@ -73,6 +73,8 @@ class Data:
         rows: in TRL's columns; more than `records` where chats have several answers.
         unused: how many records have each field that is not used; of messages, "messages: weight".
         wrong: records that are left out since they have no right answer.
+        long: rows that are left out since they are too long.
+        drawn: some of the others were drawn at random.
         others: by the number of a row, from 0, further answers that are as right as its completion.
     """
 
@@ -83,6 +85,8 @@ class Data:
     records: int
     unused: Mapping[str, int] = field(default_factory=dict)
     wrong: int = 0
+    long: int = 0
+    drawn: bool = False
     others: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -92,12 +96,18 @@ class Data:
 
     def sentence(self) -> str:
         """What was found, in a line."""
-        count = sum(len(row["answers"]) if "answers" in row else 1 for row in self.rows)
+        count = self.long + sum(len(row["answers"]) if "answers" in row else 1 for row in self.rows)
         answers = f", {count:,} answers" if count != self.records else ""
+        if self.drawn:
+            answers = f", {len(self.rows):,} drawn"
         left = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
-        wrong = f" Left out: {self.wrong:,} without a right answer." if self.wrong else ""
-        return f"{self.name}: {self.records:,} records{answers}, {self.kind} ({', '.join(self.fields)}).{wrong}" + (
-            f" Not used: {left}." if left else ""
+        gone = [f"{self.wrong:,} without a right answer"] * bool(self.wrong) + [f"{self.long:,} too long"] * bool(
+            self.long
+        )
+        return (
+            f"{self.name}: {self.records:,} records{answers}, {self.kind} ({', '.join(self.fields)})."
+            + (f" Left out: {', '.join(gone)}." if gone else "")
+            + (f" Not used: {left}." if left else "")
         )
 
 
@@ -153,7 +163,7 @@ def read(
         )
     if kind in FORMS and FORMS[kind].shared:
         others = _shared(rows)
-    return Data(name, kind, (*fields, *more), rows, count, unused, wrong, others)
+    return Data(name, kind, (*fields, *more), rows, count, unused, wrong, others=others)
 
 
 def _shared(rows: list[Row]) -> dict[int, tuple[str, ...]]:

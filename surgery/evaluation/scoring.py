@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.errors import OptionError
 from surgery.option import option
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 
 
 SCORES, WORK = "Scores", "Work"
+# What is passed on to `surgery.evaluation.measures.find_measures`.
+MEASURED = (
+    *(
+        "limit",
+        "sample",
+        "max_chars",
+        "prompt_field",
+        "completion_field",
+        "seq_len",
+        "max_new_tokens",
+        "keep_reasoning",
+    ),
+    "confirm_run_unsafe_code",
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,12 @@ class Scoring:
         general: general ability, likewise; or "self", see `surgery.evaluation.measures.own_text`.
         metric: of the tasks that are files, where their fields allow several; see `surgery.evaluation.measures`.
         limit: items of each measure at most, the first ones.
+        sample: items of each measure at most, drawn at random, the same each time.
+        max_chars: of a record, which is left out where it has more.
         prompt_field, completion_field: of records with other names for them.
         seq_len: tokens of a window of text.
         max_new_tokens: of a generated answer.
+        confirm_run_unsafe_code: programs that the model writes are run; see `surgery.evaluation.sandbox`.
         keep_reasoning: a generated answer is compared with what the model thought before it.
         batch_size: sequences in one forward pass.
         dtype, device: to compute in and on; see `surgery.model.language_model.LanguageModel`.
@@ -40,7 +57,8 @@ class Scoring:
     task: tuple[str, ...] = option(
         (),
         help="The fine-tuned task: a .txt, .jsonl, .json or .parquet file, a folder of them, or a task of "
-        "lm-evaluation-harness. FILE:METRIC names a file's metric. Repeatable.",
+        "lm-evaluation-harness. FILE:METRIC names a file's metric, TASK:metric=NAME,filter=NAME,shots=N,chat=yes a task's; "
+        "GROUP=ONE,OTHER averages several. Repeatable.",
         shown=False,
         panel=SCORES,
     )
@@ -60,6 +78,8 @@ class Scoring:
         panel=SCORES,
     )
     limit: int | None = option(None, help="The first so many items of each.", shown="all", panel=SCORES)
+    sample: int | None = option(None, help="So many items of each, drawn at random.", shown="all", panel=SCORES)
+    max_chars: int | None = option(None, help="Leave out records with more characters.", shown="none", panel=SCORES)
     prompt_field: str | None = option(None, help="Field that holds the question.", shown="by the names", panel=SCORES)
     completion_field: str | None = option(None, help="Field that holds the answer.", shown="by the names", panel=SCORES)
     seq_len: int = option(512, help="Tokens in a window of plain text.", panel=SCORES)
@@ -67,6 +87,11 @@ class Scoring:
     keep_reasoning: bool = option(
         False,
         help="Compare a generated answer with its <think>…</think> before it, which is else taken off.",
+        panel=SCORES,
+    )
+    confirm_run_unsafe_code: bool = option(
+        False,
+        help="Run the programs that a model writes (HumanEval, MBPP), in processes without network that cannot change a file.",
         panel=SCORES,
     )
     batch_size: int = option(8, help="Sequences in one forward pass.", panel=WORK)
@@ -99,23 +124,29 @@ class Scoring:
         Raises:
             OptionError: a file or an option is not as it should be, or one of the two is missing.
         """
-        from surgery.evaluation.measures import find_measures, own_text
+        from surgery.evaluation.measures import own_text
 
         if own_text.NAME in self.task:
             raise OptionError(f"`task` {own_text.NAME}: is a measure of general ability. Give it with `general`.")
         for name, specs in (("task", self.task), ("general", self.general)):
             if not specs and (general or name == "task"):
                 raise OptionError(f"`{name}` is missing. Give a file, or a task of lm-evaluation-harness.")
-        options: dict[str, Any] = {
-            "limit": self.limit,
-            "seq_len": self.seq_len,
-            "max_new_tokens": self.max_new_tokens,
-            "prompt_field": self.prompt_field,
-            "completion_field": self.completion_field,
-            "keep_reasoning": self.keep_reasoning,
-        }
-        task = find_measures(self.task, metric=self.metric, **options)
-        return task, find_measures(self.general, taken=[measure.name for measure in task], **options)
+        task = self.find(self.task, metric=self.metric)
+        return task, self.find(self.general, taken=[measure.name for measure in task])
+
+    def find(self, specs: Sequence[str], *, metric: str | None = None, taken: Sequence[str] = ()) -> list[Measure]:
+        """The measures that some words name, with these settings.
+
+        Args:
+            metric: of the files among them.
+            taken: names that other measures have.
+
+        Raises:
+            OptionError: a file or an option is not as it should be.
+        """
+        from surgery.evaluation.measures import find_measures
+
+        return find_measures(specs, metric=metric, taken=taken, **{name: getattr(self, name) for name in MEASURED})
 
     def bench(self, measures: Sequence[Measure], observe: Observe = lambda *_: None) -> Bench:
         """Where models are scored on these measures.

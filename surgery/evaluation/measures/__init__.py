@@ -7,41 +7,25 @@
     question and answer, or what `surgery.data.rows`     loss of the answer; or how well one that is generated matches it:
       knows beside them                                  see `surgery.evaluation.measures.matching`
 
-The first record decides, unless a metric is named. Files are read and checked here, before any model is.
+Several of them can be a group, whose score is the mean of theirs. The first record decides, unless a metric is named. Files
+are read and checked here, before any model is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from surgery.data.records import ENDINGS
 from surgery.errors import OptionError
 from surgery.evaluation.measures import answer_loss, choices, generated, own_text, perplexity
-from surgery.evaluation.measures.file import PLAIN, File, Maker, Options
+from surgery.evaluation.measures.file import File, Maker, Options
+from surgery.evaluation.measures.group import Group
 from surgery.evaluation.measures.own_text import OwnText
+from surgery.evaluation.measures.spec import Source, sources
 from surgery.evaluation.scores import Measure
-from surgery.paths import exists, expanded
 
-DATA = (PLAIN, *ENDINGS)
 SPLITS = ("train", "test", "valid", "validation", "val", "dev", "eval", "data")  # what many files are called
-
-
-@dataclass(frozen=True)
-class Source:
-    """What one word of the user's names: a file and perhaps a metric, the base's own text, or a task of the harness."""
-
-    typed: str
-    file: Path | None = None
-    metric: str | None = None
-
-    @property
-    def is_task(self) -> bool:
-        """Whether it is a task of the harness."""
-        return self.file is None and self.typed != own_text.NAME
-
 
 # In the order in which they are asked whether a file is for them.
 MEASURES: tuple[Maker, ...] = (
@@ -59,104 +43,80 @@ def find_measures(
     *,
     metric: str | None = None,
     limit: int | None = None,
+    sample: int | None = None,
+    max_chars: int | None = None,
     seq_len: int = 512,
     max_new_tokens: int = 256,
     prompt_field: str | None = None,
     completion_field: str | None = None,
     keep_reasoning: bool = False,
+    confirm_run_unsafe_code: bool = False,
     taken: Collection[str] = (),
 ) -> list[Measure]:
     """The measures that a user names, in that order.
 
     Args:
         specs: each a file, `FILE:METRIC`, a folder of files, "self", or a task of lm-evaluation-harness (what is no path and does
-            not end like a data file; or a .yaml file); or several of them with commas between.
+            not end like a data file; or a .yaml file); or several of them with commas between; see
+            `surgery.evaluation.measures.spec`.
         metric: of every file that names none itself.
         limit: only the first items of each: rows, questions, pairs, windows or passages of text.
+        sample: only so many items of each, drawn at random, the same each time.
+        max_chars: records with more characters are left out.
         seq_len: tokens in a window of text.
         max_new_tokens: of a generated answer.
         prompt_field, completion_field: fields of a record that hold the question and its answer; the latter alone is plain text.
         keep_reasoning: generated answers are compared with what the model thought before them.
+        confirm_run_unsafe_code: programs that the model writes are run; see `surgery.evaluation.sandbox`.
         taken: names that other measures have.
 
     Raises:
         OptionError: a file cannot be read or used, or an option is wrong.
     """
-    _check(metric, limit, seq_len, max_new_tokens)
-    options = Options(limit, seq_len, max_new_tokens, prompt_field, completion_field, keep_reasoning)
-    sources = [source for spec in specs for source in _sources(spec)]
-    if specs and not sources:
+    _check(metric, limit=limit, sample=sample, max_chars=max_chars, seq_len=seq_len, max_new_tokens=max_new_tokens)
+    options = Options(limit, seq_len, max_new_tokens, prompt_field, completion_field, keep_reasoning, max_chars, sample)
+    named = [source for spec in specs for source in sources(spec, KNOWN)]
+    if specs and not named:
         raise OptionError(f"{specs[0]!r} names no file and no task. Give a file, or a task of lm-evaluation-harness.")
-    tasks = [source for source in sources if source.is_task]
-    if metric is not None and sources and len(tasks) == len(sources):
+    tasks = [source for source in named if source.is_task]
+    if metric is not None and named and len(tasks) == len(named):
         raise OptionError(
-            f"`metric` {metric} is for files, and {tasks[0].typed} is a task of lm-evaluation-harness, which has its own. "
-            "Leave `metric` out."
+            f"`metric` {metric} is for files, and {tasks[0].typed} is a task of lm-evaluation-harness, which has its own: "
+            f"{tasks[0].typed}:metric=NAME. Leave `metric` out."
         )
     measures: list[Measure] = []
     names = set(taken)
-    files = [source for source in sources if source.file]
-    for harness, group in groupby(sources, key=lambda source: source.is_task):
+    files = [source for source in named if source.file]
+    for (harness, group), members in groupby(named, key=lambda source: (source.is_task, source.group)):
         if harness:
             from surgery.evaluation.measures.harness import harness_measures
 
-            measures += harness_measures([source.typed for source in group], limit=limit)
+            asked = [(source.typed, source.options) for source in members]
+            found = harness_measures(asked, limit=limit, sample=sample, unsafe=confirm_run_unsafe_code, taken=names)
         else:
-            measures += [
+            found = [
                 _measure(File(source.typed, _name(source, files, names), source.metric or metric, options))
                 if source.file
-                else OwnText(limit or own_text.PASSAGES)
-                for source in group
+                else OwnText(limit or sample or own_text.PASSAGES)
+                for source in members
             ]
-        names |= {measure.name for measure in measures}
+        names |= {measure.name for measure in found}
+        if group is not None and measures and isinstance(last := measures[-1], Group) and last.name == group:
+            measures[-1] = Group(group, [*last.members, *found])
+        else:
+            measures += found if group is None else [Group(group, found)]
     return measures
 
 
-def _check(metric: str | None, limit: int | None, seq_len: int, max_new_tokens: int) -> None:
+def _check(metric: str | None, *, limit: int | None, sample: int | None, **numbers: int | None) -> None:
     if metric is not None and metric not in KNOWN:
         raise OptionError(f"`metric` {metric} is unknown. Choose from {', '.join(KNOWN)}.")
-    for name, value, least in (("limit", limit, 1), ("seq_len", seq_len, 2), ("max_new_tokens", max_new_tokens, 1)):
+    if limit is not None and sample is not None:
+        raise OptionError("`limit` takes the first items and `sample` draws some. Leave one of the two out.")
+    for name, value in {"limit": limit, "sample": sample, **numbers}.items():
+        least = 2 if name == "seq_len" else 1
         if value is not None and value < least:
             raise OptionError(f"`{name}` must be {least} or more, not {value}.")
-
-
-def _sources(spec: str) -> list[Source]:
-    """What a word of the command line names."""
-    if not spec.strip():
-        return []
-    if spec == own_text.NAME:
-        return [Source(spec)]
-    whole = _source(spec)
-    if whole or "," not in spec:
-        return whole or [Source(spec)]
-    return [source for part in spec.split(",") if part.strip() for source in _sources(part.strip())]
-
-
-def _source(spec: str) -> list[Source]:
-    """Files, with a metric or not; none where the word is no path."""
-    head, _, tail = spec.rpartition(":")
-    for typed, metric in ((spec, None), (head, tail)):
-        path = expanded(typed)
-        there = exists(path)
-        if not typed or "," in (metric or "") or not (there or (path.suffix.lower() in DATA and "," not in typed)):
-            continue
-        if metric is not None and metric not in KNOWN:
-            raise OptionError(f"{spec}: {metric or 'an empty word'} is no metric. Choose from {', '.join(KNOWN)}.")
-        if not there:
-            raise OptionError(f"{typed}: no such file. Check the path.")
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in DATA and file.is_file())
-            if not files:
-                raise OptionError(
-                    f"{typed}: is a folder without a {', '.join(DATA)} file. Give files, or a folder of them."
-                )
-            return [Source(str(file), file, metric) for file in files]
-        if path.suffix.lower() in (".yaml", ".yml") and metric is None:
-            return [Source(spec)]
-        if path.suffix.lower() not in DATA:
-            raise OptionError(f"{typed}: is no {', '.join(DATA)} file. Rename or convert it.")
-        return [Source(typed, path, metric)]
-    return []
 
 
 def _name(source: Source, files: Sequence[Source], taken: set[str]) -> str:

@@ -55,7 +55,9 @@ class AnswerLoss:
 
 
 def _make(file: File) -> AnswerLoss | None:
-    return AnswerLoss(file.name, file.rows[: file.options.limit]) if file.metric in (None, "loss") else None
+    if file.metric not in (None, "loss"):
+        return None
+    return AnswerLoss(file.name, [file.rows[number] for number in file.chosen])
 
 
 ANSWER_LOSS = Maker(("loss",), _make)

@@ -48,6 +48,11 @@ class MultipleChoice:
             "metric": "acc_norm" if self.normalised else "acc",
         }
 
+    @property
+    def count(self) -> int:
+        """How many items it has."""
+        return len(self.questions)
+
     def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a question is an item, right or wrong."""
         from surgery.model.likelihood import fit, loglikelihoods
@@ -85,6 +90,11 @@ class MinimalPairs:
 
     def __post_init__(self) -> None:
         self.settings = {"measure": "minimal pairs", "items": digest(self.pairs)}
+
+    @property
+    def count(self) -> int:
+        """How many items it has."""
+        return len(self.pairs)
 
     def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a pair is an item, right or wrong."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.data.draw import drawn, fewer, letters
 from surgery.data.records import records
 from surgery.data.rows import Data, Row, read
 from surgery.errors import OptionError
@@ -30,6 +31,8 @@ class Options:
     prompt_field: str | None
     completion_field: str | None
     keep_reasoning: bool
+    max_chars: int | None
+    sample: int | None
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,24 @@ class File:
 
     @cached_property
     def data(self) -> Data:
-        """All its records, as training reads them.
+        """All its records that are not too long, as training reads them.
 
         Raises:
             OptionError: it cannot be read so.
         """
         found = read(self.typed, prompt=self.options.prompt_field, completion=self.options.completion_field)
         _sound(self.typed, found.rows)
-        return found
+        return fewer(found, max_chars=self.options.max_chars)
 
     @property
     def rows(self) -> list[Row]:
         """The rows of `data`."""
         return self.data.rows
+
+    @property
+    def chosen(self) -> list[int]:
+        """The numbers of the rows that are measured, from 0: the first ones, or some that are drawn."""
+        return drawn(len(self.rows), self.options.sample)[: self.options.limit]
 
     @property
     def is_text(self) -> bool:
@@ -95,19 +103,24 @@ class File:
         return found
 
     def items(self, make: Callable[[str, Mapping[str, Any]], Any]) -> list[Any]:
-        """Its records, the first ones up to the limit, each made into an item.
+        """Its records that are not too long, each made into an item: the first ones up to the limit, or some that are drawn.
 
         Raises:
-            OptionError: one is no record, or `make` refuses it.
+            OptionError: one is no record, `make` refuses it, or all are too long.
         """
         found: list[Any] = []
+        most = self.options.max_chars
         for where, record in records(self.typed):
             if len(found) == self.options.limit:
                 break
             if not isinstance(record, Mapping):
                 raise OptionError(f"{where}: is no record with fields. Correct or remove it.")
-            found.append(make(where, record))
-        return _sound(self.typed, found)
+            item = make(where, record)
+            if most is None or letters(item) <= most:
+                found.append(item)
+        if not found:
+            raise OptionError(f"{self.typed}: every record has more than {most:,} characters. Raise `max_chars`.")
+        return _sound(self.typed, [found[place] for place in drawn(len(found), self.options.sample)])
 
 
 @dataclass(frozen=True)

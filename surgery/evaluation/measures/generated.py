@@ -60,6 +60,11 @@ class Generated:
             **({"keep_reasoning": True} if self.keep_reasoning else {}),
         }
 
+    @property
+    def count(self) -> int:
+        """How many items it has."""
+        return len(self.questions)
+
     def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a question is an item."""
         from surgery.model.generation import generate
@@ -104,9 +109,7 @@ def _make(file: File) -> Generated | None:
         raise OptionError(
             f"{file.typed}: {metric} needs questions and answers, and this is plain text. Choose perplexity."
         )
-    questions = [
-        (row["prompt"], _references(file, number, metric)) for number, row in enumerate(file.rows[: options.limit])
-    ]
+    questions = [(file.rows[number]["prompt"], _references(file, number, metric)) for number in file.chosen]
     stop = NEXT_QUESTION if file.data.kind == "question–answer" else None
     return Generated(file.name, questions, metric, options.max_new_tokens, stop, options.keep_reasoning)
 

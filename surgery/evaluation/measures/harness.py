@@ -1,9 +1,9 @@
 """Tasks of lm-evaluation-harness as measures: the harness asks the model that is in memory, and its numbers are reported.
 
-A task is scored by acc_norm where it has that, else by acc, else by the first of its metrics that has a value for each item;
-where it filters answers in several ways (gsm8k: strict-match, then flexible-extract), by the first. A group whose tasks share
-such a metric is one measure with all their items, weighted so that their mean is the group's number; in other groups, each task
-is a measure.
+Unless the user names a metric, a task is scored by acc_norm where it has that, else by acc, else by the first of its metrics
+that has a value for each item; where it filters answers in several ways (gsm8k: strict-match, then flexible-extract) and
+none is named, by the first. A group whose tasks share such a metric is one measure with all their items, weighted so that
+their mean is the group's number; in other groups, each task is a measure.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -22,65 +22,60 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgery.data.draw import drawn
 from surgery.errors import OptionError, SurgeryError, reason
+from surgery.evaluation.measures.harness_metrics import READABLE, Metric, apply, measured, part_name
+from surgery.evaluation.measures.harness_options import HarnessOptions
 from surgery.evaluation.measures.harness_tasks import contained, load_tasks
 from surgery.evaluation.scores import Floats, Kind, Measure, Scores
 
 if TYPE_CHECKING:
     from surgery.model.language_model import Advance, LanguageModel
 
-PREFERRED = ("acc_norm", "acc")
-# Aggregations of the harness whose numbers are means of values that each item has, and what the values are.
-READABLE: dict[str, Kind] = {"mean": "share", "perplexity": "perplexity", "weighted_perplexity": "perplexity"}
 RESAMPLES = 100_000  # the harness's own number
 FEW = 2  # of a metric that is not looked at
 TOLERANCE = 1e-9  # between sums in another order
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def harness_measures(names: Sequence[str], *, limit: int | None = None) -> list[Measure]:
+def harness_measures(
+    asked: Sequence[tuple[str, HarnessOptions]],
+    *,
+    limit: int | None = None,
+    sample: int | None = None,
+    unsafe: bool = False,
+    taken: Collection[str] = (),
+) -> list[Measure]:
     """The measures of tasks, their data loaded.
 
     Args:
-        names: of tasks, groups and tags of the harness, or paths of YAML files (.yaml, .yml). As in the harness, files of data
-            that a YAML file names are looked for from the current folder.
+        asked: names of tasks, groups and tags of the harness, or paths of YAML files (.yaml, .yml), and what is said of each. As
+            in the harness, files of data that a YAML file names are looked for from the current folder.
         limit: the first items only, of each task of a group too.
+        sample: so many items only, likewise, drawn at random, the same each time.
+        unsafe: programs that the model writes are run.
+        taken: names that other measures have.
 
     Raises:
         OptionError: the harness is not installed, there is no such task, or it cannot be scored here.
         HubError: data cannot be fetched.
     """
-    if not names:
+    if not asked:
         return []
-    manager, parts = load_tasks(names)
+    manager, loaded = load_tasks([name for name, _ in asked], unsafe=unsafe)
+    measures: list[Measure] = []
+    names = set(taken)
     with contained():
-        return [
-            HarnessTask(part, tasks, metric, limit, manager) for top in parts for part, tasks, metric in _measured(top)
-        ]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number of the harness.
-
-    Attributes:
-        key: as in its results: metric,filter.
-        aggregation: a key of READABLE.
-        by_size: of a group: whether each item counts the same, rather than each task.
-    """
-
-    name: str
-    filter: str
-    aggregation: str
-    by_size: bool = True
-
-    @property
-    def key(self) -> str:
-        return f"{self.name},{self.filter}"
-
-    @property
-    def stderr(self) -> str:
-        return f"{self.name}_stderr,{self.filter}"
+        for (typed, options), tops in zip(asked, loaded, strict=True):
+            for top in tops:
+                apply(typed, top, options)
+                for part, tasks, metric in measured(top, typed, options):
+                    name = part_name(part)
+                    if name in names:
+                        name += "".join(f":{key}={value}" for key, value in options.given().items())
+                    names.add(name)
+                    measures.append(HarnessTask(part, tasks, metric, limit, manager, options, sample, unsafe, name))
+    return measures
 
 
 @dataclass(eq=False)
@@ -91,6 +86,9 @@ class HarnessTask:
         part: a `Task` or `Group` of the harness.
         tasks: the part itself, or the group's tasks.
         manager: the harness's task manager.
+        options: what the user said of it.
+        sample: so many items of each task, drawn at random.
+        unsafe: programs that the model writes are run.
     """
 
     part: Any = field(repr=False)
@@ -98,25 +96,38 @@ class HarnessTask:
     metric: Metric
     limit: int | None
     manager: Any = field(repr=False)
-    name: str = field(init=False)
+    options: HarnessOptions
+    sample: int | None
+    unsafe: bool
+    name: str
     kind: Kind = field(init=False)
     settings: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.name = _name(self.part)
-        self.kind = READABLE[self.metric.aggregation]
+        self.kind = READABLE.get(self.metric.aggregation, "share")
         self.settings = {
             "measure": "lm-evaluation-harness",
             "lm_eval": version("lm_eval"),
-            "task": self.name,
+            "task": part_name(self.part),
             "version": str(getattr(self.part, "VERSION", None) or self.part.version),
             "metric": self.metric.key,
             "by_size": self.metric.by_size,
             "shots": sorted({task.config.num_fewshot or 0 for task in self.tasks}),
             "limit": self.limit,
+            **({"sample": self.sample} if self.sample else {}),
+            **({"chat": True} if self.options.chat else {}),
             "config": _digest(task.dump_config() | {"metadata": None} for task in self.tasks),
             "items": _digest(doc for task in self.tasks for doc in _documents(task, self.limit)),
         }
+
+    @property
+    def count(self) -> int:
+        """How many items are measured."""
+        return sum(map(len, self._documents()))
+
+    def _documents(self) -> list[list[int]]:
+        """The numbers of the items that are measured, of each task."""
+        return [drawn(len(task.eval_docs), self.sample)[: self.limit] for task in self.tasks]
 
     def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model.
@@ -127,8 +138,9 @@ class HarnessTask:
         Raises:
             OptionError: the harness fails, or its number is not the mean of its items.
         """
-        counts = [_count(task, self.limit) for task in self.tasks]
-        places = self._places(counts, only)
+        documents = self._documents()
+        counts = [len(numbers) for numbers in documents]
+        places = self._places(documents, only)
         asked = [task for task, held in zip(self.tasks, places, strict=True) if held is None or held]
         chosen = {
             task.task_name: held for task, held in zip(self.tasks, places, strict=True) if held is not None and held
@@ -145,32 +157,32 @@ class HarnessTask:
             ]
             value, weight = _values(self.metric, samples)
             values.append(value)
-            whole = len(weight) if only is None else count
-            weights.append(weight if self.metric.by_size else weight * sum(counts) / (max(whole, 1) * len(self.tasks)))
+            weights.append(weight if self.metric.by_size else weight * sum(counts) / (max(count, 1) * len(self.tasks)))
             label = {"task": task.task_name} if len(self.tasks) > 1 else {}
             items += [label | _item(sample) for sample in samples]
         scores = Scores(self.kind, np.concatenate(values), np.concatenate(weights), items)
-        scores = (
-            self._checked(scores, found["results"])
-            if only is None
-            else scores.at(np.argsort(np.argsort(only)).tolist())
-        )
+        if only is not None:
+            scores = scores.at(np.argsort(np.argsort(only)).tolist())
+        elif not chosen:
+            scores = self._checked(scores, found["results"])
         if self.kind == "share" and not (scores.values.min() >= 0 and scores.values.max() <= 1):
             raise OptionError(f"{self.name}: {self.metric.name} is not a share, from 0 to 1. Choose another task.")
         return scores
 
-    def _places(self, counts: Sequence[int], only: Sequence[int] | None) -> list[list[int] | None]:
-        """Which of each task's items are measured, in order; None for all of them."""
-        ends = np.cumsum(counts)
+    def _places(self, documents: Sequence[list[int]], only: Sequence[int] | None) -> list[list[int] | None]:
+        """Which of each task's items are measured, in order; None for all of them, or the first up to the limit."""
+        if only is None:
+            return [*documents] if self.sample else [None for _ in documents]
+        ends = np.cumsum([len(numbers) for numbers in documents]).tolist()
         return [
-            None if only is None else sorted(place - end + count for place in only if end - count <= place < end)
-            for end, count in zip(ends.tolist(), counts, strict=True)
+            [numbers[place - end + len(numbers)] for place in sorted(only) if end - len(numbers) <= place < end]
+            for end, numbers in zip(ends, documents, strict=True)
         ]
 
     def _checked(self, scores: Scores, results: dict[str, Any]) -> Scores:
         """The scores with the harness's standard error, if their mean is the harness's number."""
-        results = results[self.name]
-        stderr = results.get(self.metric.stderr)
+        results = results[part_name(self.part)]
+        stderr = results.get(self.metric.stderr) if self.metric.aggregation in READABLE else None
         number = results.get(self.metric.key, math.nan)
         if not len(scores.items) or not math.isclose(scores.value, number, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
             raise OptionError(
@@ -191,7 +203,7 @@ class HarnessTask:
         # The harness would tie weights that the checkpoint has apart, and give the tokenizer a padding token.
         network.tie_weights = lambda: None
         try:
-            with contained(), model.running(), _explained(self.name):
+            with contained(unsafe=self.unsafe), model.running(), _explained(self.name):
                 asked = HFLM(pretrained=network, tokenizer=copy.deepcopy(model.tokenizer), batch_size=model.batch)
                 items = sum(map(len, chosen.values())) if chosen else sum(_count(task, limit) for task in tasks)
                 asked.set_cache_hook(_Progress(tasks, items, advance))
@@ -202,6 +214,8 @@ class HarnessTask:
                     samples=chosen,
                     bootstrap_iters=RESAMPLES if self.metric.aggregation == "perplexity" and not chosen else FEW,
                     task_manager=self.manager,
+                    apply_chat_template=self.options.chat,
+                    confirm_run_unsafe_code=self.unsafe,
                 )
         finally:
             del network.tie_weights
@@ -239,63 +253,14 @@ def _count(task: Any, limit: int | None) -> int:
     return min(len(task.eval_docs), limit or len(task.eval_docs))
 
 
-def _measured(part: Any) -> list[tuple[Any, list[Any], Metric]]:
-    """What is measured of a task or group: the part, its tasks, and the metric."""
-    if not hasattr(part, "get_all_tasks"):
-        metrics = _metrics(part)
-        if not metrics:
-            raise OptionError(
-                f"{_name(part)}: none of its metrics ({', '.join(part.aggregation())}) is a share of right answers or a "
-                "perplexity, with a value for each item. Choose another task."
-            )
-        return [(part, [part], _preferred(metrics))]
-    tasks = part.get_all_tasks()
-    shared = [
-        {metric.key: metric for metric in _metrics(task, every_filter=True) if metric.aggregation == "mean"}
-        for task in tasks
-    ]
-    found = []
-    for rule in part.aggregate_metric_list or ():
-        of_rule = [metric for metric in (shared[0] if shared else {}).values() if metric.name == rule.metric]
-        found += [
-            replace(metric, by_size=rule.weight_by_size)
-            for metric in of_rule
-            if metric.filter in (rule.filter_list or [metric.filter]) and all(metric.key in other for other in shared)
-        ]
-    if found:
-        return [(part, tasks, _preferred(found))]
-    return [measured for child in part for measured in _measured(child)]
-
-
-def _metrics(task: Any, *, every_filter: bool = False) -> list[Metric]:
-    """The metrics of a task that can be read, in its order; with its first filter, or with each."""
-    from lm_eval.api.registry import get_aggregation
-
-    filters = [entry["name"] for entry in task.config.filter_list or [{"name": "none"}]]
-    higher = task.higher_is_better()
-    return [
-        Metric(name, filter_, aggregation)
-        for name, function in task.aggregation().items()
-        for aggregation, kind in READABLE.items()
-        if function is get_aggregation(aggregation) and bool(higher.get(name)) == (kind == "share")
-        for filter_ in (filters if every_filter else filters[:1])
-    ]
-
-
-def _preferred(metrics: list[Metric]) -> Metric:
-    for name in PREFERRED:
-        for metric in metrics:
-            if metric.name == name:
-                return metric
-    return metrics[0]
-
-
 def _values(metric: Metric, samples: list[dict[str, Any]]) -> tuple[Floats, Floats]:
     """The items' values and weights, as `Scores` has them."""
     found = [sample[metric.name] for sample in samples]
     if metric.aggregation == "weighted_perplexity":
         likelihoods, counts = np.array(found, np.float64).reshape(-1, 2).T
         return -likelihoods / counts, counts
+    if metric.aggregation not in READABLE:
+        return np.array([np.mean(one) for one in found]), np.array([len(one) for one in found], np.float64)
     values = np.array(found, np.float64).reshape(-1)
     return values if metric.aggregation == "mean" else -values, np.ones(len(values))
 
@@ -328,7 +293,3 @@ def _digest(values: Iterable[Any]) -> str:
     for value in values:
         found.update(ADDRESS.sub("", json.dumps(value, sort_keys=True, default=str)).encode() + b"\n")
     return found.hexdigest()
-
-
-def _name(part: Any) -> str:
-    return str(part.name if hasattr(part, "get_all_tasks") else part.task_name)

@@ -1,7 +1,8 @@
 """The tasks of lm-evaluation-harness, by name or from a user's own YAML file, and the bounds that the harness is kept within.
 
 The tasks that come with the harness run the harness's own code. Nothing else is run: a local file may hold no `!function`,
-templates are rendered in a sandbox; metrics that are scripts on the hub are refused, as are tasks that run what a model writes.
+templates are rendered in a sandbox, metrics that are scripts on the hub are refused. Programs that a model writes are run
+where the user consents, in place of the hub's code_eval by `surgery.evaluation.measures.harness_code`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import HubError, OptionError, SurgeryError, reason
+from surgery.evaluation import sandbox
+from surgery.evaluation.measures.harness_code import CODE_EVAL, CodeEval
 
 ENDINGS = (".yaml", ".yml")
 # Of a local file: they name Python, or a file that the harness would read with Python in it.
 CODE_KEYS = ("class", "use_prompt")
+CONSENT = (
+    "it runs the code that a model writes. Give `confirm_run_unsafe_code` for that to be done, in processes without network that "
+    "cannot change a file."
+)
 SERIAL = "DISABLE_MULTIPROC"  # tells the harness to start no processes
 
 
-def load_tasks(names: Sequence[str]) -> tuple[Any, list[Any]]:
+def load_tasks(names: Sequence[str], *, unsafe: bool = False) -> tuple[Any, list[list[Any]]]:
     """Load tasks with their data.
 
     Args:
         names: of tasks, groups and tags of the harness, or paths of YAML files.
+        unsafe: tasks that run what a model writes are welcome.
 
     Returns:
-        The harness's task manager, and its `Task` and `Group` objects: one for each name, but for tags, which hold several.
+        The harness's task manager, and for each name its `Task` and `Group` objects: one, but several for a tag.
 
     Raises:
         OptionError: the harness is not installed or has no such task, or a file is not a task or holds code.
@@ -47,15 +55,20 @@ def load_tasks(names: Sequence[str]) -> tuple[Any, list[Any]]:
     local = {name: _read(Path(name).expanduser()) for name in names if name.endswith(ENDINGS)}
     # Reading the harness's 15,000 files takes 10 seconds, and a task in a file of its own needs none of them.
     alone = all(name in local and "group" not in local[name] for name in names)
-    with contained() as refused:
+    if unsafe:
+        sandbox.check()
+    with contained(unsafe=unsafe) as refused:
         manager = TaskManager(include_defaults=not alone)
         known = {name: _register(manager, Path(name).expanduser(), config) for name, config in local.items()}
-        return manager, [part for name in names for part in _load(manager, name, known.get(name, name), refused)]
+        return manager, [_load(manager, name, known.get(name, name), refused, unsafe) for name in names]
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[list[str]]:
+def contained(*, unsafe: bool = False) -> Iterator[list[str]]:
     """Inside, the harness is quiet, starts no processes, and runs no code but its own.
+
+    Args:
+        unsafe: code_eval, which runs what a model writes, is there.
 
     Yields:
         Names of metrics that were asked for and are scripts on the hub.
@@ -67,16 +80,18 @@ def contained() -> Iterator[list[str]]:
     from tqdm import tqdm
 
     environment: Any = lm_eval.utils.env
-    sandbox = SandboxedEnvironment(
+    templates = SandboxedEnvironment(
         loader=environment.loader,
         undefined=environment.undefined,
         keep_trailing_newline=environment.keep_trailing_newline,
     )
-    sandbox.filters = environment.filters
+    templates.filters = environment.filters
     refused: list[str] = []
     start = tqdm.__init__
 
-    def load(name: str, *_: Any, **__: Any) -> None:
+    def load(name: str, *_: Any, **__: Any) -> CodeEval:
+        if name == CODE_EVAL and unsafe:
+            return CodeEval()
         refused.append(name)
         raise OptionError(f"The metric {name} is a script on the hub, and such code is not run.")
 
@@ -89,7 +104,7 @@ def contained() -> Iterator[list[str]]:
         warnings.simplefilter("ignore")
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for owner, name, value in (
-            (lm_eval.utils, "env", sandbox),
+            (lm_eval.utils, "env", templates),
             # 1.4 seconds each time, of git, pip and nvidia-smi
             (lm_eval.evaluator, "add_env_info", lambda _: None),
             (lm_eval.evaluator, "get_git_commit_hash", lambda: None),
@@ -155,7 +170,7 @@ def _register(manager: Any, path: Path, config: dict[str, Any]) -> str:
     return name
 
 
-def _load(manager: Any, name: str, known: str, refused: list[str]) -> list[Any]:
+def _load(manager: Any, name: str, known: str, refused: list[str], unsafe: bool) -> list[Any]:
     """A group or task, or the tasks of a tag.
 
     Args:
@@ -171,6 +186,8 @@ def _load(manager: Any, name: str, known: str, refused: list[str]) -> list[Any]:
     try:
         loaded = manager.load([known])
     except SurgeryError as error:
+        if CODE_EVAL in refused:
+            raise OptionError(f"{name}: {CONSENT}") from error
         raise OptionError(f"{name}: {error}") from error
     except Exception as error:
         if _unreachable(error):
@@ -186,8 +203,8 @@ def _load(manager: Any, name: str, known: str, refused: list[str]) -> list[Any]:
     if not tasks:
         raise OptionError(f"{name}: holds no task. Name some.")
     for task in tasks.values():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise OptionError(f"{name}: {task.task_name} runs the code that a model writes, which is not done here.")
+        if getattr(task, "UNSAFE_CODE", False) and not unsafe:
+            raise OptionError(f"{name}: {CONSENT}")
         if getattr(task, "MULTIMODAL", False):
             raise OptionError(f"{name}: {task.task_name} asks about pictures or sounds, and only text is scored here.")
     found = groups.get(known, tasks.get(known))

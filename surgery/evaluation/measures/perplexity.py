@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgery.data.draw import drawn
 from surgery.data.encode import encode
 from surgery.errors import OptionError
 from surgery.evaluation.measures.file import File, Maker
@@ -34,12 +35,14 @@ class Perplexity:
         documents: the text.
         seq_len: tokens in a window; at most what the model takes. The last window may be shorter.
         windows: only the first ones; None for all.
+        sample: only so many, drawn at random.
     """
 
     name: str
     documents: list[str] = field(repr=False)
     seq_len: int = 512
     windows: int | None = None
+    sample: int | None = None
     kind: Kind = field(default="perplexity", init=False)
     settings: dict[str, Any] = field(init=False)
 
@@ -49,6 +52,7 @@ class Perplexity:
             "items": digest(self.documents),
             "seq_len": self.seq_len,
             "windows": self.windows,
+            **({"sample": self.sample} if self.sample else {}),
         }
 
     def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
@@ -62,7 +66,7 @@ class Perplexity:
         cut = [window for window in cut if len(window) > 1]
         if not cut:
             raise OptionError(f"{self.name}: holds no two tokens of text. Give more.")
-        places = picked(range(len(cut)), only)
+        places = picked(drawn(len(cut), self.sample), only)
         windows = [cut[place] for place in places]
         found = loglikelihoods(model, [(window[:1], window[1:]) for window in windows], advance)
         weights = np.array([len(window) - 1 for window in windows], np.float64)
@@ -103,14 +107,14 @@ def _make(file: File) -> Perplexity | None:
             raise OptionError(
                 f"{file.typed}: is plain text, which has a perplexity, not {file.metric}. Give records for {file.metric}."
             )
-        return Perplexity(file.name, [file.text()], options.seq_len, options.limit)
+        return Perplexity(file.name, [file.text()], options.seq_len, options.limit, options.sample)
     if file.metric not in (None, "perplexity") or (file.metric is None and not file.is_text):
         return None
     if not file.is_text:
         raise OptionError(
             f"{file.typed}: perplexity needs running text, in a field text. Choose loss, or name the field."
         )
-    return Perplexity(file.name, [row["text"] for row in file.rows], options.seq_len, options.limit)
+    return Perplexity(file.name, [row["text"] for row in file.rows], options.seq_len, options.limit, options.sample)
 
 
 PERPLEXITY = Maker(("perplexity",), _make)

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ from surgery.__main__ import main
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.source import open_checkpoint
 from surgery.errors import HubError, OptionError
+from surgery.evaluation.measures import find_measures
 from surgery.evaluation.measures.choices import MultipleChoice
+from surgery.evaluation.measures.harness import _values as values_of
 from surgery.evaluation.measures.harness import harness_measures
+from surgery.evaluation.measures.harness_code import pass_at
+from surgery.evaluation.measures.harness_metrics import FLAT, Metric
+from surgery.evaluation.measures.harness_metrics import _aggregation as aggregation_of
+from surgery.evaluation.measures.harness_options import HarnessOptions
 from surgery.evaluation.scores import Measure, Scores
 from surgery.model.language_model import LanguageModel
 
@@ -146,7 +153,7 @@ def open_model(folder: Path) -> LanguageModel:
 
 
 def measure(path: str, limit: int | None = None) -> Measure:
-    [found] = harness_measures([path], limit=limit)
+    [found] = find_measures([path], limit=limit)
     return found
 
 
@@ -281,11 +288,174 @@ def test_a_group_without_a_number_is_a_measure_for_each_task(task: Callable[...,
     task("one", QUESTIONS[:3], CHOICE)
     task("two", SUMS, GENERATED)
     Path("both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["one", "two"]}))
-    measures = harness_measures(["both.yaml"])
+    measures = harness_measures([("both.yaml", HarnessOptions())])
     assert [(found.name, found.settings["metric"]) for found in measures] == [
         ("one", "acc_norm,none"),
         ("two", "exact_match,first"),
     ]
+
+
+def test_the_filter_the_metric_and_the_examples_are_those_that_are_named(
+    folder: Path, model: LanguageModel, task: Callable[..., str]
+) -> None:
+    path = task("sums", half_right(folder), GENERATED)
+    [found] = find_measures([f"{path}:metric=exact_match,filter=whole,shots=1"])
+    scores = found.score(model, lambda *_: None)
+    assert found.settings["metric"] == "exact_match,whole"
+    assert scores.items[3]["prompt"] == "1+1= 2\n\n3+1="
+    task("once", half_right(folder), GENERATED, num_fewshot=1)
+    theirs = reference(folder, "once")["results"]["once"]
+    assert scores.value == theirs["exact_match,whole"] != theirs["exact_match,first"]
+    [plain] = find_measures([f"{task('choice', QUESTIONS, CHOICE)}:metric=acc"])
+    assert (plain.settings["metric"], measure("choice.yaml").settings["metric"]) == ("acc,none", "acc_norm,none")
+
+
+def test_one_task_may_be_measured_twice(task: Callable[..., str]) -> None:
+    path = task("sums", SUMS, GENERATED)
+    found = find_measures([path, f"{path}:filter=whole", f"{path}:filter=whole,shots=0"])
+    names = ["sums", "sums:filter=whole", "sums:filter=whole:shots=0"]
+    assert [measure.name for measure in found] == names
+    assert len({json.dumps(measure.settings) for measure in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("metric=bleu", "sums has no metric bleu .* Choose from exact_match."),
+        ("filter=last", "sums has no filter last .* Choose from first, whole."),
+        ("shots=few", "shots takes a whole number from 0, not 'few'"),
+        ("chat=on", "chat takes yes or no"),
+        ("colour=red", "'colour' is no option of a task. Choose from metric, filter"),
+        ("shots=1,shots=2", "shots is given twice"),
+        ("samples=2", "only the first answer .* Leave samples out"),
+        ("metric=pass@10,samples=4", "pass@10 takes samples=10 or more"),
+        ("temperature=-1", "temperature takes a number from 0 to 100"),
+    ],
+)
+def test_an_option_that_does_not_fit_a_task_is_refused_before_any_model_is_read(
+    task: Callable[..., str], options: str, said: str
+) -> None:
+    with pytest.raises(OptionError, match=said):
+        find_measures([f"{task('sums', SUMS, GENERATED)}:{options}"])
+    with pytest.raises(OptionError, match="choice generates no answers"):
+        find_measures([f"{task('choice', QUESTIONS, CHOICE)}:temperature=0.5"])
+
+
+def test_options_belong_to_the_task_before_them(task: Callable[..., str]) -> None:
+    sums, choice = task("sums", SUMS, GENERATED), task("choice", QUESTIONS, CHOICE)
+    found = find_measures([f"{sums}:filter=whole,shots=1,{choice}:metric=acc"])
+    assert [(one.name, one.settings["metric"], one.settings["shots"]) for one in found] == [
+        ("sums", "exact_match,whole", [1]),
+        ("choice", "acc,none", [0]),
+    ]
+
+
+def test_a_task_is_asked_through_the_chat_template(folder: Path, tmp_path: Path, task: Callable[..., str]) -> None:
+    shutil.copytree(folder, tmp_path / "chat")
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    (tmp_path / "chat/chat_template.jinja").write_text(template)
+    [found] = find_measures([f"{task('sums', SUMS, GENERATED)}:chat=yes,shots=1"])
+    prompt = found.score(open_model(tmp_path / "chat"), lambda *_: None).items[3]["prompt"]
+    assert prompt.startswith("<user>1+1=<assistant>2<user>3+1=<assistant>")
+
+
+def test_lists_of_shares_are_averaged_as_ifeval_averages_its_instructions() -> None:
+    def ifeval(items: list[list[bool]]) -> float:
+        """As lm_eval.tasks.ifeval.utils has it, which does not load without libraries of its own."""
+        flat = [item for sublist in items for item in sublist]
+        return sum(flat) / len(flat)
+
+    assert aggregation_of(ifeval) == FLAT
+    assert aggregation_of(lambda items: sum(items) / len(items)) == "mean"
+    assert aggregation_of(max) is None
+    found = [[True, False, True], [False], [True, True]]
+    values, weights = values_of(Metric("inst", "none", FLAT), [{"inst": one} for one in found])
+    assert values @ weights / weights.sum() == ifeval(found)
+
+
+def test_a_sample_is_the_same_items_each_time(folder: Path, model: LanguageModel, task: Callable[..., str]) -> None:
+    path = task("choice", QUESTIONS, CHOICE)
+    whole = score(path, model)
+    [found] = find_measures([path], sample=4)
+    drawn = found.score(model, lambda *_: None)
+    prompts = [item["prompt"] for item in whole.items]
+    places = [prompts.index(item["prompt"]) for item in drawn.items]
+    assert len(places) == 4
+    assert places == sorted(places) != [0, 1, 2, 3]
+    assert drawn.values.tolist() == whole.values[places].tolist()
+    assert found.settings != measure(path).settings
+    assert found.score(model, lambda *_: None, [3, 1]).values.tolist() == drawn.values[[3, 1]].tolist()
+
+
+def test_averages_of_named_groups_are_averaged(folder: Path, model: LanguageModel, task: Callable[..., str]) -> None:
+    one, two = task("one", QUESTIONS[:3], CHOICE), task("two", half_right(folder), GENERATED)
+    [group] = find_measures([f"mine={one},{two}:filter=whole"])
+    found = group.score(model, lambda *_: None)
+    parts = [
+        score(one, model),
+        find_measures([f"{two}:filter=whole"])[0].score(model, lambda *_: None),
+    ]
+    assert (group.name, len(found.values)) == ("mine", 12)
+    assert found.value == pytest.approx((parts[0].value + parts[1].value) / 2) != pytest.approx(found.values.mean())
+    assert found.extra == {"one: value": parts[0].value, "two: value": parts[1].value}
+    assert {item["measure"] for item in found.items} == {"one", "two"}
+    some = group.score(model, lambda *_: None, [11, 0, 4])
+    assert some.values.tolist() == found.values[[11, 0, 4]].tolist()
+    assert some.weights == pytest.approx(found.weights[[11, 0, 4]])
+    with pytest.raises(OptionError, match="mine: its member texts is a perplexity"):
+        find_measures([f"mine={one},{task('texts', TEXTS, ROLLING)}"])
+    with pytest.raises(OptionError, match="a group has two or more members"):
+        find_measures([f"mine={one}"])
+
+
+@pytest.fixture
+def humaneval(tmp_path: Path, few: None) -> str:
+    """HumanEval as it comes with the harness, on two problems: one that every program solves, and one that none does."""
+    rows = [
+        {"task_id": str(number), "prompt": f"x = 1  # {number}", "test": test, "entry_point": "int"}
+        for number, test in enumerate(("def check(f): assert x == 1", "def check(f): assert x == 2"))
+    ]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "harness/humaneval/humaneval.yaml"
+    source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}"
+    text = path.read_text().replace("dataset_path: openai/openai_humaneval", source)
+    path.write_text(text.replace("max_gen_toks: 1024", "max_gen_toks: 5"))
+    return "humaneval"
+
+
+def test_programs_are_run_with_the_users_consent(
+    model: LanguageModel, humaneval: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[str] = []
+
+    def ran(programs: list[str]) -> list[bool]:
+        run.extend(programs)
+        return [number % 2 == 0 and "x == 1" in program for number, program in enumerate(programs)]
+
+    monkeypatch.setattr("surgery.evaluation.sandbox.run", ran)
+    [found] = find_measures([f"{humaneval}:metric=pass@2,samples=4"], confirm_run_unsafe_code=True)
+    run.clear()  # the harness tries one by itself
+    scores = found.score(model, lambda *_: None)
+    # Two of four programs pass: 1 − C(2, 2) / C(4, 2).
+    assert scores.values == pytest.approx([5 / 6, 0.0])
+    assert len(run) == 8
+    assert len(set(run[:4])) > 1  # which are drawn
+    assert all(program.startswith("x = 1  # 0") and program.endswith("check(int)") for program in run[:4])
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_program_that_passes() -> None:
+    for programs in range(1, 6):
+        for passed, k in product(range(programs + 1), range(1, programs + 1)):
+            draws = [*combinations(range(programs), k)]
+            expected = sum(any(one < passed for one in draw) for draw in draws) / len(draws)
+            assert pass_at(k, programs, passed) == pytest.approx(expected)
+
+
+def test_without_consent_no_program_is_run(humaneval: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.evaluation.sandbox.run", None)
+    with pytest.raises(OptionError, match=r"^humaneval: it runs the code .* `confirm_run_unsafe_code`"):
+        find_measures([humaneval])
 
 
 def test_settings_are_the_same_each_time_and_change_with_what_scores_depend_on(task: Callable[..., str]) -> None:
@@ -388,7 +558,7 @@ def test_what_cannot_be_scored_is_refused_in_a_sentence_and_nothing_is_run(
     )
     path.write_text(f"{kept}{line}\n")
     with pytest.raises(OptionError) as caught:
-        harness_measures([str(path)])
+        harness_measures([(str(path), HarnessOptions())])
     message = str(caught.value)
     assert words in message
     assert "task" in message
@@ -406,23 +576,18 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(few: None) -> None:
     with pytest.raises(
         OptionError, match=r"^hellaswagg is no task of lm-evaluation-harness\. Did you mean hellaswag\?"
     ):
-        harness_measures(["hellaswagg"])
+        harness_measures([("hellaswagg", HarnessOptions())])
 
 
 def test_data_that_cannot_be_fetched_is_said_in_a_sentence(few: None) -> None:
     with pytest.raises(HubError, match=r"^hellaswag: its data cannot be fetched"):
-        harness_measures(["hellaswag"])
-
-
-def test_a_task_whose_metric_is_a_script_on_the_hub_is_refused(few: None) -> None:
-    with pytest.raises(OptionError, match=r"^humaneval: .*code_eval is a script on the hub, and such code is not run"):
-        harness_measures(["humaneval"])
+        harness_measures([("hellaswag", HarnessOptions())])
 
 
 def test_without_the_harness_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(OptionError, match=r"pip install 'model-surgery\[harness\]'"):
-        harness_measures(["hellaswag"])
+        harness_measures([("hellaswag", HarnessOptions())])
 
 
 def test_compare_reports_the_harnesss_numbers(

@@ -21,6 +21,7 @@ from surgery.evaluation.measures import find_measures
 from surgery.evaluation.measures.answer_loss import AnswerLoss
 from surgery.evaluation.measures.choices import MinimalPairs, MultipleChoice
 from surgery.evaluation.measures.generated import Generated
+from surgery.evaluation.measures.harness_options import HarnessOptions
 from surgery.evaluation.measures.perplexity import Perplexity
 from surgery.evaluation.scores import Measure
 from surgery.model.language_model import LanguageModel
@@ -344,9 +345,9 @@ def test_a_text_without_text_is_refused_before_any_model_is_read(tmp_path: Path)
 def test_other_words_are_tasks_of_the_harness_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], int | None]] = []
 
-    def harness_measures(tasks: list[str], *, limit: int | None) -> list[Any]:
-        asked.append((tasks, limit))
-        return [SimpleNamespace(name=task) for task in tasks]
+    def harness_measures(tasks: list[tuple[str, HarnessOptions]], *, limit: int | None, **_: Any) -> list[Any]:
+        asked.append(([task for task, _ in tasks], limit))
+        return [SimpleNamespace(name=task) for task, _ in tasks]
 
     from surgery.evaluation.measures import harness
 
