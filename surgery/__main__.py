@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         code = app(args=arguments, prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
     except SurgeryError as error:
-        from surgery.commands.builder import with_flags
+        from surgery.option import with_flags
 
         return _fail(with_flags(str(error)))
     except BrokenPipeError:

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from surgery.option import with_flags
 from surgery.text import dumps, readable
 
 # A cell of a bar filled by 0/8 to 8/8; and replacements for terminals that have ASCII only.
@@ -61,10 +62,10 @@ def new_console() -> Terminal:
 
 
 def say(*sentences: str) -> None:
-    """Print lines without wrapping them."""
+    """Print lines without wrapping them, with options of the command line for the parameters that they name."""
     console = new_console()
     for sentence in sentences:
-        console.print(sentence, soft_wrap=True)
+        console.print(with_flags(sentence), soft_wrap=True)
 
 
 def show_json(document: Any) -> None:
@@ -78,9 +79,9 @@ def show_json(document: Any) -> None:
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:
-    """Print notes for the user."""
+    """Print notes for the user, with options of the command line for the parameters that they name."""
     for note in notes:
-        console.print(f"Note: {note}")
+        console.print(f"Note: {with_flags(note)}")
 
 
 def new_table(first: str, *others: str) -> Table:

@@ -7,12 +7,15 @@ dataclass may hold another one, with `nested`, whose options stand beside its ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 Part = TypeVar("Part")
+# Name of a parameter -> its option, of all commands that were made; empty where surgery is used from Python.
+FLAGS: dict[str, str] = {}
 Parse = Callable[[str], Any]
 
 
@@ -176,3 +179,8 @@ def value_of(held: Any, name: str) -> Any:
 def flag(name: str) -> str:
     """The option's name on the command line: "drop_rate" as "--drop-rate"."""
     return f"--{name.replace('_', '-')}"
+
+
+def with_flags(message: str) -> str:
+    """A message of a function that knows no command line, with options for its parameters: `drop_rate` becomes --drop-rate."""
+    return re.sub(r"`(\w+)`", lambda name: FLAGS.get(name[1], name[0]), message)

@@ -49,6 +49,26 @@ def test_lines_cells_titles_and_notes_are_readable() -> None:
     assert r"\x1b[2J\x9b31m\u202e" in shown
 
 
+def test_notes_name_options_of_the_command_line_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = "Look at what they wrote (`as_json`), or allow less with `max_forgetting`; `nothing` is no option."
+    for flags, said in (
+        ({"as_json": "--json", "max_forgetting": "--max-forgetting"}, "(--json), or allow less with --max-forgetting;"),
+        ({}, "(`as_json`), or allow less with `max_forgetting`;"),
+    ):
+        monkeypatch.setattr("surgery.option.FLAGS", flags)
+        console, file = printed(width=200)
+        print_notes(console, [note])
+        assert f"Note: Look at what they wrote {said} `nothing` is no option." in Text.from_ansi(text_of(file)).plain
+
+
+def test_the_commands_say_what_their_parameters_are_called() -> None:
+    import surgery.commands  # which makes them
+    from surgery.option import with_flags
+
+    assert surgery.commands.app
+    assert with_flags("`as_json`, `max_forgetting`, `eval_data`") == "--json, --max-forgetting, --eval-data"
+
+
 def test_a_terminal_of_ascii_gets_ascii() -> None:
     console, file = printed(encoding="ascii")
     console.print("‖Δ‖ ± – ∞ ◆ " + meter(1, 1, 4) + meter(1, 3, 4), soft_wrap=True)

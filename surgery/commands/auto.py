@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from surgery.calibrate.options import Calibration
-from surgery.commands.builder import command, with_flags
+from surgery.commands.builder import command
 from surgery.commands.compare import Others
 from surgery.commands.shared import FORCE, Checks, Limits, Pair, Shown, with_norms
 from surgery.errors import OptionError, OutputError
@@ -180,7 +180,7 @@ def _candidates(
     found, notes = candidates(job, methods, line, calibrated=ready, allow_nonfinite=checks.allow_nonfinite)
     if names is None:
         found += averaged(job, line, out=job.out, allow_nonfinite=checks.allow_nonfinite)
-        notes += map(with_flags, untried(calibrated=calibrating))
+        notes += untried(calibrated=calibrating)
     _, *there = open_subjects(pair.pre, pair.ft, others.checkpoints)
     return job, [*map(existing, there), *found], [*job.pair.notes, *notes]
 

@@ -7,7 +7,6 @@ command is a dataclass, put together from those that declare its options, that a
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, make_dataclass, replace
 from dataclasses import field as dataclass_field
@@ -17,13 +16,10 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from surgery.errors import OptionError
-from surgery.option import Declared, build, declared_options, flag
+from surgery.option import FLAGS, Declared, build, declared_options, flag
 
 # Takes the values of all options and the names of those that were typed, and returns the values to go on with.
 Complete = Callable[[dict[str, Any], frozenset[str]], dict[str, Any]]
-
-# Name of a parameter -> its option, of all commands.
-FLAGS: dict[str, str] = {}
 
 
 def command(
@@ -120,8 +116,3 @@ def typed(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(typed, value))
     return f"{value:g}" if isinstance(value, float) and value == int(value) else str(value)
-
-
-def with_flags(message: str) -> str:
-    """A message of a function that knows no command line, with options for its parameters: `drop_rate` becomes --drop-rate."""
-    return re.sub(r"`(\w+)`", lambda name: FLAGS.get(name[1], name[0]), message)

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from surgery.commands.builder import command, with_flags
+from surgery.commands.builder import command
 from surgery.errors import OptionError
 from surgery.option import option
 from surgery.train.settings import OUTPUT, Settings
@@ -82,7 +82,7 @@ def _train(settings: Settings, given: Given) -> None:
     with ExitStack() as places:
         screen = places.enter_context(Screen(quiet=given.as_json))
         if given.dry_run:
-            screen.show_plan(plan(settings, Observer(lambda text: screen.say(with_flags(text)))))
+            screen.show_plan(plan(settings, Observer(screen.say)))
             return
         picture = None
         if given.plot and screen.leads:
@@ -93,7 +93,7 @@ def _train(settings: Settings, given: Given) -> None:
             force=given.force,
             resume=given.resume,
             command=["surgery", *sys.argv[1:]],
-            observer=Observer(lambda text: screen.say(with_flags(text)), screen.step),
+            observer=Observer(screen.say, screen.step),
         )
         if picture is not None:
             from surgery.train.plot import heat_map

@@ -71,7 +71,7 @@ def race_progress() -> Iterator[tuple[Observe, Callable[[Round | str], None]]]:
 
         def tell(now: Round | str) -> None:
             if isinstance(now, str):
-                console.print(f"Note: {now}")
+                print_notes(console, [now])
                 return
             if not told:
                 console.print(f"{'Round':7}{'Left':>9}{'Items':>8}  {'Ahead':{LABEL}}{'Kept':>8}{'Forgot':>9}  To go")

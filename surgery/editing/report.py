@@ -26,6 +26,7 @@ from surgery.methods.actions import (
     Soften,
     Step,
 )
+from surgery.option import with_flags
 from surgery.text import readable, words
 
 ACTIONS: dict[type[Action], str] = {
@@ -150,7 +151,7 @@ def model_card(report: dict[str, Any], card_name: str) -> str:
             f"before, {totals['distance_after']:.4g} after"
         )
     if report["notes"]:
-        body += ["", *(f"- {_plain(note)}" for note in report["notes"])]
+        body += ["", *(f"- {_plain(with_flags(note))}" for note in report["notes"])]
     body += [
         "",
         "```",

@@ -109,11 +109,13 @@ class Scoring:
         """The files and folders here that are read: of the measures, and of models as the user typed them (NAME=MODEL too).
 
         Raises:
+            OptionError: one is not there.
             OutputError: the folder for scores lies in one of them.
         """
+        from surgery.evaluation.measures import inputs
+
         names = (name for typed in models for name in (typed, typed.partition("=")[2]) if name)
-        measured = (name for typed in (*self.task, *self.general) for name in (typed, typed.rpartition(":")[0]) if name)
-        found = local(*names, *measured)
+        found = local(*names) + inputs([*self.task, *self.general])
         if self.cache:
             apart(Path(self.cache), found, "cache", replaced=False)
         return found

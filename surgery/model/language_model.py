@@ -110,6 +110,32 @@ class LanguageModel:
         self._weights: Weights | None = None
         self.load(checkpoint)
 
+    @classmethod
+    @contextmanager
+    def lent(cls, network: PreTrainedModel, folder: Path, *, batch: int = 8) -> Iterator[LanguageModel]:
+        """A model that is in memory for another purpose, such as its training; inside it is in eval mode, with a cache of keys.
+
+        Args:
+            folder: where its configuration and tokenizer lie.
+        """
+        self = cls.__new__(cls)
+        parameter = next(iter(network.parameters()))
+        self.model, self.folder, self.batch = network, folder, batch
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.tokenizer, self.length = load_tokenizer(folder), max_positions(network.config)
+        self._weights, self.fingerprint = None, ""
+        parts = (network.config, network.config.get_text_config(decoder=True))
+        before, training = [getattr(part, "use_cache", None) for part in parts], network.training
+        try:
+            network.train(False)
+            for part in parts:
+                part.use_cache = True
+            yield self
+        finally:
+            network.train(training)
+            for part, kept in zip(parts, before, strict=True):
+                part.use_cache = kept
+
     def load(self, checkpoint: Checkpoint) -> None:
         """Take the weights of a checkpoint with the same configuration; those before are let go of first.
 

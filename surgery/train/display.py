@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from surgery.display import Words, new_console, new_progress, new_table, show_json
+from surgery.option import with_flags
 from surgery.text import brief, fixed, readable, share
+from surgery.train.report import said
 
 FIRST = 1
 SHARES = ("share", "trainable")  # of what is frozen: of all entries; of the layers' that is trained
@@ -41,9 +43,10 @@ class Screen:
         self.bar.stop()
 
     def say(self, sentence: str) -> None:
-        """Print a line; on standard error where standard output is for JSON."""
+        """Print a line, with options for the parameters that it names; on standard error where standard output is for JSON."""
         if not self.leads:
             return
+        sentence = with_flags(sentence)
         if self.bar.disable:
             print(readable(sentence), file=sys.stderr if self.quiet else sys.stdout, flush=True)
         else:
@@ -115,9 +118,9 @@ class Screen:
 
     def _show_continual(self, console: Console, report: dict[str, Any]) -> None:
         found = report["continual"]
-        names = [f"Task {number}" for number in range(FIRST, len(found["scores"]) + FIRST)]
+        names = [f"Task {number}" for number in range(FIRST, len(found["tasks"]) + FIRST)]
         table = new_table("After round", *names, "OP", "BWT")
         for number, (scores, op, bwt) in enumerate(zip(found["scores"], found["op"], found["bwt"], strict=True), FIRST):
             table.add_row(str(number), *(f"{score:.3f}" for score in scores), f"{op:.3f}", f"{bwt:+.3f}")
         console.print(table)
-        console.print("Scores are minus the loss of held-out answers. BWT below 0 is forgetting.")
+        console.print(f"{with_flags(said(found['tasks']))}. BWT below 0 is forgetting.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery.data.draw import fewer
 from surgery.data.rows import Data, Row, read
 from surgery.errors import OptionError
 from surgery.train.data import hold_out, replayed
@@ -57,6 +58,7 @@ def plan(settings: Settings, observer: Observer = NOBODY) -> dict[str, Any]:
         SurgeryError: anything that `surgery.train.run.train` would refuse beforehand.
     """
     check_libraries(settings)
+    from surgery.train.exam import tests
     from surgery.train.model import blank_model, load_tokenizer, open_model
 
     processes, _ = find(fsdp=settings.fsdp)
@@ -66,6 +68,7 @@ def plan(settings: Settings, observer: Observer = NOBODY) -> dict[str, Any]:
     older = [read_data(settings, name, observer) for name in settings.older]
     load_tokenizer(checkpoint.folder, chat=any(data.chat for data in (*older, *(round.data for round in rounds))))
     rows = [row for data in older for row in data.rows]
+    tests(settings)
     model = blank_model(checkpoint)
     found = [
         {
@@ -92,9 +95,10 @@ def read_round(settings: Settings, name: str, observer: Observer) -> Round:
 
 
 def read_data(settings: Settings, name: str, observer: Observer) -> Data:
-    """Read a file or data set, a chat as one row."""
+    """Read a file or data set, a chat as one row: those that are not too long, and as many as are wanted."""
     fields = {"prompt": settings.prompt_field, "completion": settings.completion_field}
     data = read(name, task=settings.task, whole=True, **fields)
+    data = fewer(data, max_chars=settings.max_chars, sample=settings.sample, seed=settings.seed)
     observer.say(data.sentence())
     return data
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from surgery.pictures import HEAT, drawable
+from surgery.train.report import said
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WIDE, TALL, LEFT, RIGHT, ABOVE, BELOW = 0.95, 0.5, 0.9, 0.5, 0.55, 0.75
 # Characters of a task's name under its column.
 LONGEST = 14
+# Characters of what the scores are.
+SAID = 90
 
 
 def heat_map(document: dict[str, Any]) -> Figure:
@@ -45,7 +47,7 @@ def heat_map(document: dict[str, Any]) -> Figure:
         axes.add_patch(Rectangle((row - 0.47, row - 0.46), 0.94, 0.92, fill=False, edgecolor="red", linewidth=1.5))
         axes.text(count, row, f"{found['op'][row]:.3f}", ha="center", va="center", fontsize=9)
         axes.text(count + 1, row, f"{found['bwt'][row]:+.3f}", ha="center", va="center", fontsize=9)
-    names = [drawable(Path(round["data"]).stem, LONGEST) for round in document["rounds"]]
+    names = [drawable(task["name"], LONGEST) for task in found["tasks"]]
     axes.set_xlim(-0.5, count + 1.5)
     axes.set_xticks(range(count + 2), [*names, "OP", "BWT"], fontsize=8)
     axes.set_yticks(range(count), [str(number) for number in range(1, count + 1)], fontsize=8)
@@ -54,5 +56,5 @@ def heat_map(document: dict[str, Any]) -> Figure:
     axes.spines[:].set_visible(False)
     optim = drawable(str(document["settings"]["optim"]))
     figure.suptitle(f"{drawable(document['output'])}, {optim}: score of each task", fontsize=9, x=0.02, ha="left")
-    figure.text(0.02, 0.06, "Score: minus the loss of held-out answers. Framed: the task of the round.", fontsize=7)
+    figure.text(0.02, 0.06, f"{drawable(said(found['tasks']), SAID)}. Framed: the task of the round.", fontsize=7)
     return figure

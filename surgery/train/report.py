@@ -16,6 +16,7 @@ from surgery.diff import measure as diff
 from surgery.editing.moved import moved
 from surgery.editing.report import as_json, by_category, summarize
 from surgery.editing.verify import stored
+from surgery.evaluation.scores import Measure
 from surgery.layout import place
 from surgery.provenance import origin, versions
 from surgery.text import dumps, readable, words
@@ -29,7 +30,8 @@ def document(
     settings: Settings,
     checkpoint: Checkpoint,
     rounds: list[dict[str, Any]],
-    losses: list[list[float]],
+    scores: list[list[float]],
+    measures: Sequence[Measure],
     result: Path,
     command: Sequence[str],
 ) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def document(
     tell of the model that it makes, and the lines of `tensors` of its own.
 
     Args:
-        losses: [round][task] of held-out answers after each round; empty where there is one round.
+        scores: [round][task] after each round; empty where nothing was scored.
+        measures: of the tasks; none where the scores are minus the loss of held-out answers.
         result: the folder that becomes the output.
     """
     both = diff.prepare(str(checkpoint.folder), str(result))
@@ -58,26 +61,54 @@ def document(
         "notes": both.notes,
         "settings": settings.as_json(),
         "rounds": rounds,
-        "continual": continual(losses) if losses else None,
+        "continual": continual(scores) | {"tasks": _tasks(rounds, measures)} if scores else None,
         "totals": as_json(summarize(lines)),
         "categories": {name: as_json(group) for name, group in by_category(lines).items()},
         "tensors": own,
     }
 
 
-def continual(losses: list[list[float]]) -> dict[str, Any]:
+def continual(scores: list[list[float]]) -> dict[str, Any]:
     """OP_t = (1/t) Σ_{i≤t} S_{t,i} and BWT_t = (1/t) Σ_{i<t} (S_{t,i} − S_{i,i}) after each round t (HFT A.2.2).
 
-    The score S_{t,i} is minus the loss of task i's held-out answers after round t: higher is better, and a BWT below 0 is
-    forgetting.
+    The score S_{t,i} is that of task i after round t: higher is better, and a BWT below 0 is forgetting.
     """
-    scores = [[-loss for loss in row] for row in losses]
     count = len(scores)
     return {
         "scores": scores,
         "op": [sum(scores[t][: t + 1]) / (t + 1) for t in range(count)],
         "bwt": [sum(scores[t][i] - scores[i][i] for i in range(t)) / (t + 1) for t in range(count)],
     }
+
+
+def _tasks(rounds: list[dict[str, Any]], measures: Sequence[Measure]) -> list[dict[str, Any]]:
+    """What is scored of each task."""
+    if not measures:
+        return [
+            {"name": Path(round["data"]).stem, "score": "minus the loss of held-out answers", "settings": {}}
+            for round in rounds
+        ]
+    return [
+        {
+            "name": measure.name,
+            "score": "a share" if measure.kind == "share" else "minus the loss",
+            "settings": measure.settings,
+        }
+        for measure in measures
+    ]
+
+
+def said(tasks: Sequence[dict[str, Any]]) -> str:
+    """What the scores of some tasks are, in a sentence."""
+    kinds = list(dict.fromkeys(task["score"] for task in tasks))
+    if kinds == ["a share"]:
+        return "Scores are the tasks' own: " + ", ".join(
+            f"{task['name']} by {task['settings'].get('metric', task['settings']['measure'])}" for task in tasks
+        )
+    if len(kinds) == 1:
+        return f"Scores are {kinds[0]}, for want of another: name each task's own test with `eval_data` FILE:METRIC"
+    lost = ", ".join(task["name"] for task in tasks if task["score"] != "a share")
+    return f"Scores are the tasks' own, but minus the loss of {lost}: OP and BWT mix the two"
 
 
 def write(found: dict[str, Any], settings: Settings, result: Path) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from surgery.checkpoint.source import Checkpoint
+    from surgery.train.exam import Exam
     from surgery.train.holds.hold import Hold, Scene
     from surgery.train.trainer import Dpo, Sft
 
@@ -52,6 +53,8 @@ def train(
         SurgeryError: anything that the user can mend.
     """
     check_libraries(settings)
+    from surgery.evaluation.measures import inputs
+    from surgery.train.exam import Exam, tests
     from surgery.train.model import load_tokenizer, open_model
 
     processes, rank = find(fsdp=settings.fsdp)
@@ -60,7 +63,7 @@ def train(
     checkpoint = open_model(settings.model)
     out = settings.out
     if rank == 0:
-        out = check_output(settings.out, [checkpoint.folder, *files], force=force)
+        out = check_output(settings.out, [checkpoint.folder, *files, *inputs(settings.eval_data)], force=force)
     else:
         out = Path(os.path.realpath(settings.out.expanduser()))
     rounds = [read_round(settings, name, observer) for name in settings.data]
@@ -69,9 +72,10 @@ def train(
         checkpoint.folder, chat=any(data.chat for data in (*older, *(round.data for round in rounds)))
     )
     old = [row for data in older for row in data.rows]
+    exam = Exam(tests(settings), checkpoint.folder)
     with Work(out, settings.as_json(), resume=resume, replace=force, leader=rank == 0) as work, _quiet():
         try:
-            run = _Run(settings, checkpoint, tokenizer, rounds, old, work, processes, observer)
+            run = _Run(settings, checkpoint, tokenizer, rounds, old, exam, work, processes, observer)
             report = run.all(command)
         except BaseException as error:
             last = work.last()
@@ -106,13 +110,14 @@ class _Run:
         tokenizer: Any,
         rounds: list[Round],
         old: list[Row],
+        exam: Exam,
         work: Work,
         processes: int,
         observer: Observer,
     ) -> None:
         self.settings, self.checkpoint, self.tokenizer, self.rounds = settings, checkpoint, tokenizer, rounds
-        self.old, self.work, self.processes, self.observer = old, work, processes, observer
-        self.losses: list[list[float]] = []  # [round][task], of held-out rows
+        self.old, self.exam, self.work, self.processes, self.observer = old, exam, work, processes, observer
+        self.scores: list[list[float]] = []  # [round][task]
 
     def all(self, command: Sequence[str]) -> dict[str, Any]:
         from surgery.model.pretrained import max_positions
@@ -142,7 +147,8 @@ class _Run:
             self.settings,
             self.checkpoint,
             [round.report for round in self.rounds],
-            self.losses,
+            self.scores,
+            self.exam.measures,
             self.work.result,
             command,
         )
@@ -158,6 +164,7 @@ class _Run:
         holds: list[Hold],
         reference: PreTrainedModel | None,
     ) -> PreTrainedModel:
+        from surgery.train.exam import EveryFewSteps
         from surgery.train.trainer import build
 
         settings, begun = self.settings, time.perf_counter()
@@ -179,6 +186,7 @@ class _Run:
             folder=self.work.round(number),
             processes=self.processes,
             seed=seed,
+            epochs=settings.epochs_of(number),
             advance=lambda *step: self.observer.step(number, len(self.rounds), *step),
         )
         frozen = freeze(settings, trainer.model, seed)  # behind the adapter, whose matrices are drawn too
@@ -196,6 +204,8 @@ class _Run:
         scene = self._scene(number, trainer, learnt)
         for hold in holds:
             hold.begin(scene)
+        if self.exam.measures and settings.eval_every:
+            trainer.add_callback(EveryFewSteps(self.exam, settings.eval_every))
         trainer.args.distributed_state.wait_for_everyone()  # until the first process has made the folder
         self._learn(number, trainer)
         round.report |= {
@@ -222,11 +232,20 @@ class _Run:
                 for entry in trainer.state.log_history
                 if "eval_loss" in entry
             ],
+            "scores": [
+                {"step": entry["step"], "scores": entry["scores"]}
+                for entry in trainer.state.log_history
+                if "scores" in entry
+            ],
         }
-        if len(self.rounds) > 1 and settings.held_out:
-            self.losses.append([_score(trainer, self._encoded(other.held_out)) for other in self.rounds])
+        if len(self.rounds) > 1 and not self.exam.measures and settings.held_out:
+            self.scores.append([-_loss(trainer, self._encoded(other.held_out)) for other in self.rounds])
+        kept = self._keep(number, trainer)
+        if self.exam.measures:
+            self.observer.say(f"Scoring {', '.join(measure.name for measure in self.exam.measures)}.")
+            self.scores.append(self.exam.scores(kept))
         round.report["seconds"] = time.perf_counter() - begun
-        return self._keep(number, trainer)
+        return kept
 
     def _scene(self, number: int, trainer: Sft | Dpo, rows: list[Row]) -> Scene:
         """What the holds may look at before a round."""
@@ -301,8 +320,8 @@ class _Run:
                 self.observer.say(
                     f"{len(carried):,} tensors were not trained and are the start model's ({parts}): the text model is trained."
                 )
-        if not last:  # the next round goes on from what was written
-            cast(model, lambda _: getattr(torch, self.settings.dtype))
+        # What is scored, and what the next round goes on from, is what was written.
+        cast(model, lambda _: getattr(torch, self.settings.dtype))
         gc.collect()  # the trainer's circles of references hold optimizer state
         return model  # type: ignore[no-any-return]
 
@@ -324,7 +343,7 @@ class _Run:
         return sharding.gather(model, whole)
 
 
-def _score(trainer: Sft | Dpo, rows: list[Row]) -> float:
+def _loss(trainer: Sft | Dpo, rows: list[Row]) -> float:
     """Return the loss on a task's held-out answers."""
     from datasets import Dataset
 

@@ -45,8 +45,22 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _words(text)))
+    except ValueError:
+        raise ValueError(f"takes numbers with commas between them, such as 5,3,7, not {text!r}.") from None
+
+
 # Headings of the options.
-DATA, STEPS, OPTIM, KEEP, OUTPUT = "Data", "Length and speed", "Optimizer", "Staying near the start", "Output"
+DATA, EVAL, STEPS, OPTIM, KEEP, OUTPUT = (
+    "Data",
+    "Evaluation",
+    "Length and speed",
+    "Optimizer",
+    "Staying near the start",
+    "Output",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +72,8 @@ class Settings:
         batch_size: sequences in a step, over all processes and accumulation.
         accumulation: parts that a step's batch goes through the model in, on each process.
         warmup: steps, or below 1 the share of all steps.
+        eval_data: the test of each of `data`; see `surgery.evaluation.measures.spec`.
+        epochs: of each round, or one number for all.
         fsdp: the weights are shared out over the processes.
         dtype: what the weights are held in while they are trained.
         save_dtype: what they are written in; None for what each tensor of the model is stored in.
@@ -92,13 +108,33 @@ class Settings:
     seq_len: int = option(
         1024, help="Tokens at most, and at most what the model takes; longer rows are cut.", panel=DATA
     )
+    sample: int | None = option(None, help="So many rows of each file, drawn at random.", shown="all", panel=DATA)
+    max_chars: int | None = option(None, help="Leave out rows with more characters.", shown="none", panel=DATA)
     eval_split: float | None = option(
         None,
         help="Share of the rows that is held out and evaluated after each epoch.",
-        shown="0, with several --data 0.05",
-        panel=DATA,
+        shown="0, with several --data and no --eval-data 0.05",
+        panel=EVAL,
     )
-    epochs: float = option(2.0, help="Times through the data.", panel=STEPS)
+    eval_data: tuple[str, ...] = option(
+        (),
+        help="The task's own test, scored after the round: FILE:METRIC, or what else surgery compare takes. One for each --data, "
+        "in the same order.",
+        shown=False,
+        panel=EVAL,
+    )
+    eval_every: int | None = option(
+        None, help="Evaluate after so many steps too.", shown="after each epoch or round", metavar="STEPS", panel=EVAL
+    )
+    eval_limit: int | None = option(None, help="The first so many items of each test.", shown="all", panel=EVAL)
+    max_new_tokens: int = option(256, help="Tokens of a generated answer.", panel=EVAL)
+    epochs: tuple[float, ...] = option(
+        (2.0,),
+        help="Times through the data; with several --data one number for all, or one for each: 5,3,7.",
+        metavar="NUMBERS",
+        parse=_numbers,
+        panel=STEPS,
+    )
     max_steps: int | None = option(None, help="Steps, in place of --epochs.", panel=STEPS)
     batch_size: int | None = option(
         None, help="Rows in a step, all processes and accumulation together.", shown="128, dpo 32", panel=STEPS
@@ -204,7 +240,15 @@ class Settings:
             one_of("save_dtype", self.save_dtype, DTYPES)
         for name in ("hft", "replay_ratio", "mixout", "eval_split"):
             share(name, getattr(self, name) or 0.0)
-        for name in ("epochs", "alpha", "beta", "rate"):
+        for number in self.epochs or (0.0,):
+            finite("epochs", number)
+            if number <= 0:
+                raise OptionError(f"`epochs` must be greater than 0, not {number:g}.")
+        if len(self.epochs) not in (1, len(self.data)):
+            raise OptionError(
+                f"`epochs` has {len(self.epochs)} numbers, and there are {len(self.data)} `data`. Give one, or as many."
+            )
+        for name in ("alpha", "beta", "rate"):
             finite(_field(name), getattr(self, name))
             if getattr(self, name) <= 0:
                 raise OptionError(f"`{_field(name)}` must be greater than 0, not {getattr(self, name)}.")
@@ -213,7 +257,8 @@ class Settings:
             finite(_field(name), getattr(self, name))
             if getattr(self, name) < 0:
                 raise OptionError(f"`{name}` must be 0 or greater, not {getattr(self, name)}.")
-        for name in ("batch", "max_steps", "accumulation", "save_every", "lora", "seq_len"):
+        counted = ("batch", "max_steps", "accumulation", "save_every", "lora", "seq_len", "sample", "max_chars")
+        for name in (*counted, "eval_every", "eval_limit", "max_new_tokens"):
             value, least = getattr(self, name), 2 if name == "seq_len" else 1
             if value is not None and value < least:
                 raise OptionError(f"`{_field(name)}` must be at least {least}, not {value}.")
@@ -234,6 +279,7 @@ class Settings:
             "gd": self.form == "gd",
             "mv": self.filter == "mv",
             "mofo": self.optim == "mofo",
+            "held_out": self.held_out > 0,
         }
         return own | other | {"hft": self.frozen is not None, "all_learnt": not self.completion_only}
 
@@ -277,7 +323,11 @@ class Settings:
         """The share of each file's rows that is not trained on."""
         if self.eval_split is not None:
             return self.eval_split
-        return HELD_OUT if self.multi else 0.0
+        return HELD_OUT if self.multi and not self.eval_data else 0.0
+
+    def epochs_of(self, number: int) -> float:
+        """Times through the data of a round, counted from 1."""
+        return self.epochs[number - 1 if len(self.epochs) > 1 else 0]
 
     def parts(self, processes: int) -> tuple[int, int]:
         """How a step's batch is divided: (sequences at once on each process, accumulation).

@@ -25,6 +25,7 @@ APART: tuple[tuple[tuple[str, ...], str], ...] = (
         (("dpo", name), "`task` dpo reads the fields prompt, chosen and rejected. Rename them in the data.")
         for name in ("prompt_field", "completion_field")
     ),
+    (("fsdp", "eval_data", "eval_every"), "`eval_every` asks whole weights, so it does not go with `fsdp`."),
     (("gd", "mv"), "`form` gd keeps no moments, so `filter` mv does not go with it."),
     *(
         (("by_level", name), f"`{name}` counts matrices of a category, so it needs `level` category.")
@@ -41,6 +42,12 @@ NEEDED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("prompt_field", ("completion_field",), "`prompt_field` needs `completion_field` beside it."),
     ("gd", ("mofo",), "`form` gd is a form of MoFO: give `optim` mofo, or `optim` sgd for gradient descent as such."),
     ("keep_adapter", ("lora",), "`keep_adapter` needs `lora` RANK."),
+    ("eval_limit", ("eval_data",), "`eval_limit` is of `eval_data`. Give that, too."),
+    (
+        "eval_every",
+        ("eval_data", "held_out"),
+        "`eval_every` needs something to evaluate on: `eval_data`, or `eval_split`.",
+    ),
 )
 
 

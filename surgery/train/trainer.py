@@ -154,6 +154,7 @@ def build(
     folder: Path,
     processes: int,
     seed: int,
+    epochs: float,
     advance: Advance,
 ) -> Sft | Dpo:
     """Make the trainer of one round.
@@ -164,6 +165,7 @@ def build(
         holds: what keeps the training near its start.
         folder: what the trainer saves on its way.
         seed: of the order of the rows.
+        epochs: times through the rows.
 
     Raises:
         OptionError: no row is short enough to learn from, or there is a token that the model does not have.
@@ -181,7 +183,7 @@ def build(
         "per_device_train_batch_size": at_once,
         "per_device_eval_batch_size": at_once,
         "gradient_accumulation_steps": parts,
-        "num_train_epochs": settings.epochs,
+        "num_train_epochs": epochs,
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.rate,
         "lr_scheduler_type": SCHEDULERS[settings.schedule],
@@ -197,7 +199,8 @@ def build(
         "save_strategy": "steps" if settings.save_every else "no",
         "save_steps": settings.save_every or 1,
         "save_total_limit": 1,
-        "eval_strategy": "epoch" if held_out else "no",
+        "eval_strategy": "no" if not held_out else "steps" if settings.eval_every else "epoch",
+        "eval_steps": settings.eval_every or 1,
         "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
         "bf16": accelerated and torch.cuda.is_bf16_supported() and settings.dtype == "float32",
         "gradient_checkpointing": settings.gradient_checkpointing,

@@ -86,6 +86,7 @@ def prepared(model: Path, file: Path, **more: Any) -> tuple[list[dict[str, list[
             folder=file.with_suffix(".states"),
             processes=1,
             seed=0,
+            epochs=1.0,
             advance=lambda *_: None,
         )
     return list(trainer.train_dataset), trainer

@@ -531,7 +531,7 @@ def test_a_file_of_settings_is_overruled_by_the_command_line(
 def test_the_papers_numbers_are_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    for default in ("0.15", "2e-5, with LoRA 1e-4, dpo 5e-7", "128, dpo 32", "1024", "cosine", "0.03", "2.0"):
+    for default in ("0.15", "2e-5, with LoRA 1e-4, dpo 5e-7", "128, dpo 32", "1024", "cosine", "0.03", "2"):
         assert f"default: {default}]" in text or f"default: ({default})]" in text
 
 

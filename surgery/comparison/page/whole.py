@@ -20,6 +20,7 @@ from surgery.comparison.page.search import claim, race_table
 from surgery.comparison.page.table import table
 from surgery.comparison.plot import curves, pareto, race, skills
 from surgery.comparison.text import html, listed
+from surgery.option import with_flags
 from surgery.pictures import DARK, LIGHT
 from surgery.text import duration, finite, number, readable, share, words
 
@@ -197,7 +198,7 @@ def _command(command: list[str]) -> str:
 def _notes(document: dict[str, Any]) -> str:
     if not document["notes"]:
         return ""
-    lines = "".join(f"<li>{html(note)}</li>" for note in document["notes"])
+    lines = "".join(f"<li>{html(with_flags(note))}</li>" for note in document["notes"])
     return f'<section><h2>Notes</h2>\n<ul class="notes">{lines}</ul></section>'
 
 

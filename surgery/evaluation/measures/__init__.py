@@ -24,6 +24,7 @@ from surgery.evaluation.measures.group import Group
 from surgery.evaluation.measures.own_text import OwnText
 from surgery.evaluation.measures.spec import Source, sources
 from surgery.evaluation.scores import Measure
+from surgery.paths import local
 
 SPLITS = ("train", "test", "valid", "validation", "val", "dev", "eval", "data")  # what many files are called
 
@@ -106,6 +107,16 @@ def find_measures(
         else:
             measures += found if group is None else [Group(group, found)]
     return measures
+
+
+def inputs(specs: Sequence[str]) -> list[Path]:
+    """The files and folders here that some words name.
+
+    Raises:
+        OptionError: one names a file that is not there, or something unknown.
+    """
+    whole = [typed for spec in specs for typed in (spec, spec.rpartition(":")[0]) if typed]
+    return local(*whole, *(source.typed for spec in specs for source in sources(spec, KNOWN)))
 
 
 def _check(metric: str | None, *, limit: int | None, sample: int | None, **numbers: int | None) -> None:
