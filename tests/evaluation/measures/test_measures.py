@@ -285,6 +285,28 @@ def test_settings_are_of_the_items_scored_and_the_lengths(tmp_path: Path) -> Non
     assert json.loads(json.dumps(exact)) == exact
 
 
+def test_a_sample_is_drawn_from_what_is_not_too_long(tmp_path: Path, model: LanguageModel) -> None:
+    rows = [{"question": f"w{n}", "answer": "w2 " * (1 + n % 2)} for n in range(20)]
+    file = write(tmp_path / "a.jsonl", rows)
+    short = one(file, max_chars=len("Question: w10\nAnswer: w2 ")).rows
+    assert [row["completion"] for row in short] == [" w2 "] * 10
+    drawn = one(file, sample=5)
+    assert len(drawn.rows) == 5
+    assert drawn.rows == one(file, sample=5).rows != one(file, limit=5).rows
+    assert drawn.rows == [row for row in one(file).rows if row in drawn.rows]  # in their order
+    assert len(one(file, sample=50).rows) == 20
+    assert len(one(write(tmp_path / "b.jsonl", CHOICES), sample=2).questions) == 2
+    text = one(write(tmp_path / "c.jsonl", [{"text": TEXT * 5}]), seq_len=8, sample=3).score(model, ignore)
+    starts = [item["first_token"] for item in text.items]
+    assert starts == sorted(starts) != [0, 8, 16]
+    for options, said in (
+        ({"limit": 1, "sample": 1}, "Leave one of the two out"),
+        ({"max_chars": 3}, "every row has more than 3 characters"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            one(file, **options)
+
+
 def names(measures: list[Measure]) -> list[str]:
     return [measure.name for measure in measures]
 
