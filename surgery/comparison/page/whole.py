@@ -171,7 +171,11 @@ def _most(document: dict[str, Any]) -> str:
 def _measures(document: dict[str, Any]) -> str:
     lines = []
     for measure in document["measures"]:
-        settings = " · ".join(f"{key.replace('_', ' ')} {held}" for key, held in measure["settings"].items())
+        settings = " · ".join(
+            f"{key.replace('_', ' ')} {', '.join(map(str, held)) if isinstance(held, list) else held}"
+            for key, held in measure["settings"].items()
+            if key != "each"  # of a group's members: results.json has it
+        )
         lines.append(
             f"<tr><th scope='row'>{html(measure['name'])}</th><td>{html(measure['role'])}</td>"
             f"<td>{html(KINDS[measure['kind']])}</td><td>{measure['items']:,}</td><td>{html(settings)}</td></tr>"

@@ -50,7 +50,11 @@ class Group:
                 f"{self.name}: its member {other.name} is a {other.kind}, and only shares of right answers can be averaged in a "
                 "group. Name it outside of the group, or choose another metric for it."
             )
-        self.settings = {"measure": "group", "members": [[one.name, one.settings] for one in self.members]}
+        self.settings = {
+            "measure": "group",
+            "members": [one.name for one in self.members],
+            "each": [one.settings for one in self.members],
+        }
 
     @property
     def count(self) -> int:
