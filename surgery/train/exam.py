@@ -63,7 +63,7 @@ class Exam:
         self.measures, self.folder = measures, folder
 
     def scores(self, network: PreTrainedModel) -> list[float]:
-        """What a model scores on each task: a share as it is, else minus the loss. Draws at random go on as if nothing was asked.
+        """Score a model on each task: a share as it is, else minus the loss. Draws at random go on as if nothing was asked.
 
         Raises:
             SurgeryError: a task cannot be scored on this model.

@@ -82,7 +82,7 @@ def continual(scores: list[list[float]]) -> dict[str, Any]:
 
 
 def _tasks(rounds: list[dict[str, Any]], measures: Sequence[Measure]) -> list[dict[str, Any]]:
-    """What is scored of each task."""
+    """Name each task and its score."""
     if not measures:
         return [
             {"name": Path(round["data"]).stem, "score": "minus the loss of held-out answers", "settings": {}}
@@ -99,7 +99,7 @@ def _tasks(rounds: list[dict[str, Any]], measures: Sequence[Measure]) -> list[di
 
 
 def said(tasks: Sequence[dict[str, Any]]) -> str:
-    """What the scores of some tasks are, in a sentence."""
+    """Say in a sentence how some tasks are scored."""
     kinds = list(dict.fromkeys(task["score"] for task in tasks))
     if kinds == ["a share"]:
         return "Scores are the tasks' own: " + ", ".join(

@@ -1,4 +1,4 @@
-"""Which number of a task of lm-evaluation-harness is read: one that is the mean of a value for each item."""
+"""Choose the number of a task of lm-evaluation-harness that is read: one that is the mean of a value for each item."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _arguments(task: Any) -> dict[str, dict[str, Any]]:
 
 
 def measured(part: Any, typed: str, options: HarnessOptions) -> list[tuple[Any, list[Any], Metric]]:
-    """What is measured of a task or group: the part, its tasks, and the metric.
+    """The parts of a task or group that are measured, each as the part, its tasks, and the metric.
 
     Raises:
         OptionError: it has no metric that can be read, or not the one that the user named.

@@ -1,4 +1,4 @@
-"""What a user may say of a task of lm-evaluation-harness: `gsm8k:metric=exact_match,filter=flexible-extract,shots=8`.
+"""The options of a task of lm-evaluation-harness: `gsm8k:metric=exact_match,filter=flexible-extract,shots=8`.
 
 metric          one of the task's; pass@K of a task whose answers are programs that are run
 filter          one of the task's ways to read an answer
@@ -58,7 +58,7 @@ class HarnessOptions:
 
     @property
     def generation(self) -> dict[str, Any]:
-        """What the harness is told about how answers are drawn; {} for what the task says."""
+        """The harness's own settings of how answers are drawn; {} for those of the task."""
         drawn = self.temperature
         if drawn is None and ((self.samples or 1) > 1 or self.top_p is not None):
             drawn = TEMPERATURE
@@ -68,7 +68,7 @@ class HarnessOptions:
         return {"do_sample": drawn > 0, "temperature": drawn, **sampled}
 
     def given(self) -> dict[str, Any]:
-        """What differs from the task's own."""
+        """The options that are given, by their names."""
         return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
 
 

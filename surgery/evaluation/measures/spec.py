@@ -1,4 +1,4 @@
-"""What the words of `--task` and `--general` name: files, the base's own text, tasks of the harness, and groups of them.
+"""Read the words of `--task` and `--general`: files, the base's own text, tasks of the harness, and groups of them.
 
 hellaswag,arc_easy                       two tasks
 test.jsonl:numeric                       a file and how it is scored
@@ -27,7 +27,7 @@ WITH_OPTIONS = re.compile(r"(.+?):(\w+=.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Source:
-    """What one word of the user's names: a file and perhaps a metric, the base's own text, or a task of the harness.
+    """One thing that a user names: a file and perhaps a metric, the base's own text, or a task of the harness.
 
     Attributes:
         options: of a task.
@@ -47,7 +47,7 @@ class Source:
 
 
 def sources(spec: str, metrics: Collection[str]) -> list[Source]:
-    """What a word of the command line names.
+    """Split a word of the command line into the things that it names.
 
     Args:
         metrics: that a file may be scored by.
