@@ -20,6 +20,7 @@ UNTRIED = ROOT / "docs" / "results.md"
 EDITS = (
     "fapm",
     "magnitude",
+    "relative",
     "breadcrumbs",
     "salience",
     "half-reset",

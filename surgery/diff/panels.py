@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from surgery.diff.measure import Matched
 from surgery.engines import kernels
 from surgery.engines.chunks import Chunks, Sides
-from surgery.methods import fapm
+from surgery.methods import fapm, relative
 
 # The most cells on a side of a panel.
 SIDE = 512
@@ -62,7 +62,7 @@ def reduce(tensor: Matched) -> Panels:
             at = np.arange(start, start + len(base))
             cell = at // columns * down // rows * across + at % columns * across // columns
             delta, weight = kernels.task_vector(tensor.pre.dtype, base, tensor.ft.dtype, tuned)
-            ratio = np.where(delta == 0, np.float32(0), delta / weight)
+            ratio = relative.score(delta, weight)
             for name, values in zip(NAMES, (weight, delta, ratio, fapm.score(delta, weight, mean)), strict=True):
                 finite = np.isfinite(values)
                 sums[name] += np.bincount(cell[finite], values[finite], down * across)

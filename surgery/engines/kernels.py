@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from surgery import native
 from surgery.checkpoint.dtypes import Array, Floats, narrow, widen
-from surgery.methods import hma
+from surgery.methods import hma, relative
 from surgery.methods.actions import Prune
 
 Counts = NDArray[np.int64]
@@ -257,7 +257,7 @@ def compare(
         same = np.count_nonzero(widen(pre_dtype, pre) == widen(ft_dtype, ft))
     difference, base = _difference(pre_dtype, pre, ft_dtype, ft)
     delta, weight = np.abs(difference), np.abs(base)
-    ratio = np.where(delta == 0, np.float32(0), delta / weight)
+    ratio = relative.score(delta, weight)
     drawn = _draw(start, shift, len(pre))
     for counts, values in zip(bins, (delta, ratio), strict=True):
         counts += np.bincount(values[drawn].view(np.uint32) >> 16 & 0x7FFF, minlength=BINS)

@@ -15,6 +15,7 @@ from surgery.methods.intruder import Intruder
 from surgery.methods.lines import Lines
 from surgery.methods.magnitude import Magnitude
 from surgery.methods.method import Method, main_option
+from surgery.methods.relative import Relative
 from surgery.methods.salience import Salience
 from surgery.methods.ties import Ties
 from surgery.methods.wanda import Wanda
@@ -46,6 +47,7 @@ __all__ = [
     "Lines",
     "Magnitude",
     "Method",
+    "Relative",
     "Salience",
     "Ties",
     "Wanda",
@@ -55,7 +57,7 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Fapm, Magnitude, Breadcrumbs, Salience, HalfReset, Hma, Lines, DgHard, Intruder),
+        *(Fapm, Magnitude, Relative, Breadcrumbs, Salience, HalfReset, Hma, Lines, DgHard, Intruder),
         *(Ties, Dare, Wanda),
     )
 }

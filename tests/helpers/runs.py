@@ -19,6 +19,7 @@ WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 METHOD_OPTIONS: dict[str, list[str]] = {
     "fapm": [],
     "magnitude": ["--sparsity", "0.5", "--rest", "pre"],
+    "relative": ["--sparsity", "0.5", "--end", "high"],
     "breadcrumbs": ["--sparsity", "0.5", "--top", "0.1"],
     "salience": ["--threshold", "0.5"],
     "half-reset": ["--seed", "3"],

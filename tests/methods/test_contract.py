@@ -32,6 +32,7 @@ class Case:
 CASES = {
     "fapm": Case({"sparsity": 0.9}, "fapm-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
     "magnitude": Case({"sparsity": 0.9}, "magnitude-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
+    "relative": Case({"sparsity": 0.9}, "relative-0.9", {"sparsity": 0.0}, {"sparsity": 1.0}),
     "breadcrumbs": Case({"sparsity": 0.9}, "breadcrumbs-0.9", {"sparsity": 0.0, "top": 0.0}, {"sparsity": 1.0}),
     "salience": Case({}, "salience-1.5", {"threshold": -1e9}, {"threshold": 1e9}),
     "half-reset": Case({"ratio": 0.5, "seed": 3}, "half-reset-0.5", {"ratio": 0.0}, {"ratio": 1.0}),

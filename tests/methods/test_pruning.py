@@ -1,4 +1,4 @@
-"""FAPM, magnitude and breadcrumbs: the files that a run writes, bit for bit against `reference.formulas`.
+"""FAPM, magnitude, relative change and breadcrumbs: the files that a run writes, bit for bit against `reference.formulas`.
 
 All cases of a kind are tensors of one checkpoint, so that a run answers for all of them.
 """
@@ -19,7 +19,7 @@ from helpers.runs import MAKE
 
 from surgery.editing.job import prepare
 from surgery.editing.run import run
-from surgery.methods import Breadcrumbs
+from surgery.methods import Breadcrumbs, Relative
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPARSITIES = (0.0, 0.001, 0.5, 0.9, 0.999, 1.0)
@@ -160,6 +160,19 @@ def test_breadcrumbs_go_at_both_ends(
         case.legend
         for name, case in table.items()
         if not same_bits(out[name], pruned(case.pre, case.ft, kept(case.scores["magnitude"], sparsity, top)))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.9])
+def test_large_changes_of_small_weights_go(pair: tuple[Path, dict[str, Case]], sparsity: float, tmp_path: Path) -> None:
+    folder, table = pair
+    run(prepare(folder / "pre", folder / "ft", Relative(sparsity, "high"), out=tmp_path / "out"))
+    out = read_checkpoint(tmp_path / "out")
+    wrong = [
+        case.legend
+        for name, case in table.items()
+        if not same_bits(out[name], pruned(case.pre, case.ft, kept(case.scores["relative"], 0.0, sparsity)))
     ]
     assert wrong == []
 

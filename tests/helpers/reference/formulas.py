@@ -64,7 +64,16 @@ def magnitude_score(pre: Tensor, ft: Tensor) -> F32:
     return abs(task_vector(pre, ft))
 
 
-SCORES: dict[str, Scorer] = {"fapm": fapm_score, "magnitude": magnitude_score}
+def relative_score(pre: Tensor, ft: Tensor) -> F32:
+    """S = |Δ| / |W_pre|; 0 where Δ = 0, and otherwise what IEEE makes of a division by 0."""
+    delta, weight = abs(task_vector(pre, ft)), abs(exact(pre).astype(np.float32))
+    score = np.zeros(delta.size, np.float32)
+    with np.errstate(all="ignore"):
+        np.divide(delta, weight, out=score, where=delta != 0)
+    return score
+
+
+SCORES: dict[str, Scorer] = {"fapm": fapm_score, "magnitude": magnitude_score, "relative": relative_score}
 
 
 def kept(score: NDArray[Any], sparsity: float, top: float = 0.0) -> Bools:
