@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from surgery.editing.job import Job
 
 
+# A range of sparsities that is worth a word in a plan.
+NOTEWORTHY = 0.02
+
+
 @dataclass(frozen=True)
 class Output:
     """Where an edit goes, and how."""
@@ -88,6 +92,7 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
     elif label:
         search.planned(job, values)
     if output.dry_run:
+        job.pair.notes.extend(_same(job))
         show_plan(job, device=taken(machine.device), as_json=show.as_json)
         return
     start = time.monotonic()
@@ -109,6 +114,18 @@ def _edit(kind: type[Method], models: Models, *parts: Any) -> None:
             show_outstanding(part, report, job.out, as_json=show.as_json)
             return
         show_report(report, job.out, nbytes=job.nbytes, seconds=seconds, as_json=show.as_json)
+
+
+def _same(job: Job) -> list[str]:
+    """A note on the sparsities that make no difference, if there are such."""
+    from surgery.diff.plateau import planned
+    from surgery.text import fixed
+
+    found = planned(job.steps)
+    if found is None or found.stop - found.start < NOTEWORTHY:
+        return []
+    start, stop = fixed(found.start, 2), fixed(found.stop, 2)
+    return [f"Every --sparsity from {start} to {stop} does about the same, since so many entries did not move."]
 
 
 def _calibrated(job: Job, calibration: Calibration, device: str, *, dry_run: bool) -> Job:

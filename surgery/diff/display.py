@@ -27,6 +27,9 @@ def show_diff(document: dict[str, Any], written: Sequence[str], *, as_json: bool
     _print(console, ["|Δ|", *_quantile_names()], [_quantiles(name, group["delta"]) for name, group in groups.items()])
     ratios = [[*_quantiles(name, group["ratio"]), _infinite(group)] for name, group in groups.items()]
     _print(console, ["|Δ| / |W|", *_quantile_names(), "∞"], ratios)
+    pruned = {name: group["fapm_same"] for name, group in groups.items() if group["fapm_same"]["stop"] is not None}
+    if pruned:
+        _print(console, ["FAPM is the same", "from", "to"], [[name, *_from_to(same)] for name, same in pruned.items()])
     stacks = dict.fromkeys(group["stack"] for group in document["layers"])
     for stack in stacks:
         layers = {str(group["layer"]): group for group in document["layers"] if group["stack"] == stack}
@@ -99,9 +102,13 @@ def show_tensor(document: dict[str, Any], written: Sequence[str], *, as_json: bo
         ],
         total=False,
     )
+    notes = list(document["notes"])
+    if line["fapm_same"]["stop"] is not None:
+        start, stop = _from_to(line["fapm_same"])
+        notes.append(f"FAPM is the same at every sparsity from {start} to {stop}.")
     rows = [[*_quantiles("|Δ|", line["delta"]), ""], [*_quantiles("|Δ| / |W|", line["ratio"]), _infinite(line)]]
     _print(console, ["", *_quantile_names(), "∞"], rows, total=False)
-    print_notes(console, document["notes"])
+    print_notes(console, notes)
     for text in written:
         console.print(text, soft_wrap=True)
 
@@ -141,6 +148,11 @@ def _quantile_names() -> list[str]:
 
 def _quantiles(name: str, found: dict[str, float | None]) -> list[str]:
     return [name, *map(brief, found.values())]
+
+
+def _from_to(same: dict[str, float]) -> list[str]:
+    """Between which sparsities."""
+    return [fixed(same[name], 2) for name in ("start", "stop")]
 
 
 def _infinite(group: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
     unchanged         entries whose bits are pre's (whose value is, where the two types differ)
     relative_norm     ‖Δ‖ / ‖W_pre‖, of a tensor or of all entries of a group
     distance          D(θ, θ0), the mean of relative_norm over a group's tensors (MoFO, D.4)
+    fapm_same         between which sparsities FAPM does the same, as `surgery.diff.plateau` counts them
     delta, ratio      quantiles of |Δ| and of |Δ| / |W_pre|, as `surgery.diff.quantiles` counts them
 
 A ratio is 0 where Δ = 0. Where W_pre = 0 and Δ ≠ 0 it is infinite: such ratios are counted apart (ratio_infinite), as are those
@@ -31,6 +32,7 @@ from surgery.checkpoint.pair import Pair, pair
 from surgery.checkpoint.readable import read_json
 from surgery.checkpoint.source import open_both
 from surgery.checkpoint.tensor import Tensor
+from surgery.diff.plateau import Plateau, mean, plateau
 from surgery.diff.quantiles import Distribution, Histogram, joined, sample_shift
 from surgery.engines import kernels
 from surgery.engines.chunks import Chunks, Sides
@@ -39,6 +41,8 @@ from surgery.engines.stream import Tick, stream
 from surgery.engines.stream import workers as count_workers
 from surgery.errors import CheckpointError, OptionError
 from surgery.layout import CATEGORIES
+from surgery.methods import fapm
+from surgery.methods.scope import SCOPES
 from surgery.paths import Kind
 from surgery.text import csv_lines
 
@@ -72,6 +76,7 @@ class Measured:
         infinite: entries whose ratio |Δ| / |W_pre| is infinite.
         delta2, weight2: ‖Δ‖² and ‖W_pre‖².
         delta, ratio: distributions of |Δ| and of |Δ| / |W_pre|.
+        fapm: between which sparsities `surgery fapm` does the same; None without entries.
     """
 
     unchanged: int
@@ -80,6 +85,7 @@ class Measured:
     weight2: float
     delta: Distribution
     ratio: Distribution
+    fapm: Plateau | None
 
 
 @dataclass
@@ -232,7 +238,9 @@ def _measure(tensor: Matched, chunks: Chunks, bins: tuple[kernels.Counts, kernel
     shift = sample_shift(tensor.ft.entries)
     parts = []
     with np.errstate(all="ignore"), tensor.pre.open() as pre, tensor.ft.open() as ft:
-        for start, base, tuned in chunks.read(Sides(tensor.pre, tensor.ft, pre, ft)):
+        sides = Sides(tensor.pre, tensor.ft, pre, ft)
+        flat = plateau(sides, fapm.score)
+        for start, base, tuned in chunks.read(sides):
             parts.append(kernels.compare(tensor.pre.dtype, base, tensor.ft.dtype, tuned, (start, shift), bins))
     delta, ratio = (Histogram.of(counts, shift) for counts in bins)
     return Measured(
@@ -242,6 +250,7 @@ def _measure(tensor: Matched, chunks: Chunks, bins: tuple[kernels.Counts, kernel
         math.fsum(part.weight2 for part in parts),
         Distribution(delta, max((part.max_delta for part in parts), default=0.0)),
         Distribution(ratio, max((part.max_ratio for part in parts), default=0.0)),
+        flat,
     )
 
 
@@ -265,6 +274,7 @@ def _line(tensor: Matched, measured: Measured, before: float | None) -> dict[str
         "delta": measured.delta.as_json(),
         "ratio": measured.ratio.as_json(),
         "ratio_infinite": measured.infinite,
+        "fapm_same": _shares(measured.fapm),
         "norm_before": before,
         "remaining": _ratio(delta_norm, before),
     }
@@ -285,8 +295,20 @@ def _group(lines: Sequence[dict[str, Any]], distributions: tuple[Distribution, D
         "delta": distributions[0].as_json(),
         "ratio": distributions[1].as_json(),
         "ratio_infinite": sum(line["ratio_infinite"] for line in lines),
+        "fapm_same": _shares(mean(_prunable(lines))),
         "remaining": _ratio(_norm(edited, "delta_norm"), _norm(edited, "norm_before")),
     }
+
+
+def _shares(same: Plateau | None) -> dict[str, float | None]:
+    return {"start": same.start, "stop": same.stop} if same else {"start": None, "stop": None}
+
+
+def _prunable(lines: Iterable[dict[str, Any]]) -> Iterable[Plateau]:
+    """The shares of the tensors that FAPM prunes by default."""
+    for line in lines:
+        if len(line["shape"]) >= 2 and line["category"] in SCOPES["all"] and line["entries"]:
+            yield Plateau(**line["fapm_same"], entries=line["entries"])
 
 
 def _by_layer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from safetensors.torch import save_file
 from surgery import native
 from surgery.diff.measure import comparable, measure, prepare
 from surgery.diff.quantiles import QUANTILES, Distribution, Histogram, joined, sample_shift
+from surgery.editing.job import prepare as plan_job
+from surgery.editing.run import run
 from surgery.engines import kernels
 from surgery.engines.kernels import BINS
 from surgery.layout import place
+from surgery.methods import Fapm
 
 PAIR = ("--pre", "pre", "--ft", "ft")
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -393,3 +397,40 @@ def test_a_file_that_ends_early_leaves_the_old_table(tmp_path: Path, monkeypatch
     assert "ends in the middle of tensor" in err
     assert (tmp_path / "d.csv").read_bytes() == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.csv", "ft", "pre"]
+
+
+def test_sparsities_that_do_the_same(tmp_path: Path) -> None:
+    """Between the two shares FAPM writes the same bytes, and not beyond them: of a tensor that is counted in full."""
+    shape, generator = (128, 256), torch.Generator().manual_seed(0)
+    pre = 0.05 * torch.randn(shape, generator=generator)
+    ft = torch.where(torch.rand(shape, generator=generator) < 0.3, pre, pre + 1e-3)
+    line = by_name(diff(tmp_path, {WEIGHT: pre}, {WEIGHT: ft}))[WEIGHT]
+    small = (pre.abs().double() < pre.abs().double().mean()) & (ft != pre)
+    assert line["fapm_same"] == {"start": small.double().mean(), "stop": (small | (ft == pre)).double().mean()}
+    out = {}
+    start, stop = line["fapm_same"]["start"], line["fapm_same"]["stop"]
+    for sparsity in (start - 1e-4, start + 1e-4, (start + stop) / 2, stop, stop + 1e-4):
+        folder = tmp_path / str(len(out))
+        run(plan_job(tmp_path / "pre", tmp_path / "ft", Fapm(sparsity), out=folder))
+        out[sparsity] = (folder / "model.safetensors").read_bytes()
+    below, *same, beyond = out.values()
+    assert len(set(same)) == 1
+    assert len({below, same[0], beyond}) == 3
+
+
+def test_shares_of_a_large_tensor_are_near(tmp_path: Path) -> None:
+    shape, generator = (1024, 700), torch.Generator().manual_seed(0)
+    pre = (0.05 * torch.randn(shape, generator=generator) * torch.linspace(0.2, 2, 700)).bfloat16()
+    ft = (pre.float() + 2e-4 * torch.randn(shape, generator=generator)).bfloat16()
+    same = by_name(diff(tmp_path, {WEIGHT: pre}, {WEIGHT: ft}))[WEIGHT]["fapm_same"]
+    small = (pre.double().abs() < pre.double().abs().mean()) & (ft != pre)
+    assert same["start"] == pytest.approx(float(small.double().mean()), abs=0.01)
+    assert same["stop"] == pytest.approx(float((small | (ft == pre)).double().mean()), abs=0.01)
+    done = call("fapm", *PAIR, "--dry-run", cwd=tmp_path)
+    text = " ".join(done[1].split())
+    found = re.search(r"Every --sparsity from (0\.\d\d) to (0\.\d\d) does about the same", text)
+    assert found
+    assert float(found[1]) == pytest.approx(same["start"], abs=0.005)
+    table = re.sub(r"\s+", " ", call("diff", *PAIR, cwd=tmp_path)[1])
+    assert "FAPM is the same from to" in table
+    assert f" all {found[1]} {found[2]} " in table
