@@ -3,7 +3,7 @@
     start    the share of entries with S < 0: the sparsity from which on the threshold is 0
     stop     the share with S ≤ 0: the sparsity up to which it is
 
-FAPM's score is negative wherever a weight that moved is smaller than the tensor's mean |W_pre|, and positive wherever it is larger.
+FAPM's score is negative wherever a weight that moved is smaller than the tensor's mean |W_pre|, and positive where it is larger.
 In between lie the entries with Δ = 0, of which there are many in bfloat16: at every sparsity between the two shares, what is kept
 is what has a positive score. For |Δ| and |Δ| / |W_pre| no score is negative, and the first share is 0.
 
