@@ -19,6 +19,12 @@ from surgery.train.settings import OUTPUT, Settings
 class Given:
     """The options that are no settings of the training."""
 
+    preset: str | None = option(
+        None,
+        help="A paper's settings: [b]fapm[/b] (§4), [b]hft[/b] (A.2.3) or [b]mofo[/b] (D.3); with several --data those of its "
+        "continual training. Options that are given win.",
+        metavar="PAPER",
+    )
     config: Path | None = option(None, metavar="FILE", help="Options in YAML; those on the command line win.")
     dry_run: bool = option(False, help="Show the rounds and what would be frozen, and train nothing.", panel=OUTPUT)
     resume: bool = option(False, help="Continue a run that broke off.", panel=OUTPUT)
@@ -44,27 +50,31 @@ def register(app: typer.Typer) -> None:
 
 
 def _configured(values: dict[str, Any], typed: frozenset[str]) -> dict[str, Any]:
-    """The options with those of the --config file, where they were not typed.
+    """The options with those of the --config file, where they were not typed, and else those of the --preset.
 
     Raises:
         OptionError: the file cannot be read, or something has to be given and is not.
     """
     from surgery.train.config import read_config
+    from surgery.train.presets import preset
 
-    if values["config"] is not None:
-        values |= {name: value for name, value in read_config(values["config"]).items() if name not in typed}
+    found = read_config(values["config"]) if values["config"] is not None else {}
+    given = values | {name: value for name, value in found.items() if name not in typed}
+    if values["preset"] is not None:
+        paper = preset(values["preset"], dpo=given["task"] == "dpo", rounds=len(given["data"] or ()) > 1)
+        given |= {name: value for name, value in paper.items() if name not in typed and name not in found}
     for name in ("model", "data", "out"):
-        if not values[name]:
+        if not given[name]:
             raise OptionError(f"`{name}` is missing. Give it here or in `config`.")
-    return values
+    return given
 
 
 def _train(settings: Settings, given: Given) -> None:
     """Fine-tune a model with MoFO, half fine-tuning (HFT) or the papers' baselines; the result is an ordinary checkpoint.
 
     TRL does the training. Data is chat (messages), instruction (instruction, input, output), prompt and completion, question and
-    answer, text, or for dpo prompt, chosen and rejected; the first record decides. Defaults are the papers'. The result has the
-    model's dtype, tokenizer and configuration. Needs pip install 'model-surgery\\[train]'.
+    answer, text, or for dpo prompt, chosen and rejected; the first record decides. Defaults are the MoFO paper's. The result has
+    the model's dtype, tokenizer and configuration. Needs pip install 'model-surgery\\[train]'.
     """
     from contextlib import ExitStack
 

@@ -2,7 +2,7 @@
 
     c = β₁ m + (1 − β₁) g          θ ← θ − lr · (sign(c) + λ θ)          m ← β₂ m + (1 − β₂) g
 
-One state of a parameter's size, in its dtype. A baseline of the MoFO paper (§4).
+One state of a parameter's size, in its dtype. A baseline of the MoFO paper (§3.1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The settings of a training run, with the papers' values as defaults, and the YAML file that can hold them.
+"""The settings of a training run, with the MoFO paper's values as defaults, and the YAML file that can hold them.
 
-MoFO E.1–E.2: 2 epochs of batches of 128 sequences of at most 1,024 tokens, learning rate 2e-5 (LoRA: 1e-4) with 3% warm-up and
-cosine decay, α = 15%. HFT A.2.1: half of the tensors frozen; DPO with learning rate 5e-7 and batches of 32.
+MoFO D.3: 2 epochs of batches of 128 sequences of at most 1,024 tokens, learning rate 2e-5 (LoRA: 1e-4) with 3% warm-up and
+cosine decay, α = 15%. HFT A.2.3: half of the tensors frozen; DPO with learning rate 5e-7 and batches of 32.
 """
 
 from __future__ import annotations

@@ -407,7 +407,7 @@ def test_sparsities_that_do_the_same(tmp_path: Path) -> None:
     line = by_name(diff(tmp_path, {WEIGHT: pre}, {WEIGHT: ft}))[WEIGHT]
     small = (pre.abs().double() < pre.abs().double().mean()) & (ft != pre)
     assert line["fapm_same"] == {"start": small.double().mean(), "stop": (small | (ft == pre)).double().mean()}
-    out = {}
+    out = dict[float, bytes]()
     start, stop = line["fapm_same"]["start"], line["fapm_same"]["stop"]
     for sparsity in (start - 1e-4, start + 1e-4, (start + stop) / 2, stop, stop + 1e-4):
         folder = tmp_path / str(len(out))
