@@ -10,8 +10,9 @@ from typing import Any
 import typer
 
 from surgery.commands.builder import command
+from surgery.commands.builder import typed as as_typed
 from surgery.errors import OptionError
-from surgery.option import option
+from surgery.option import declared_options, option
 from surgery.train.settings import OUTPUT, Settings
 
 
@@ -62,7 +63,9 @@ def _configured(values: dict[str, Any], typed: frozenset[str]) -> dict[str, Any]
     given = values | {name: value for name, value in found.items() if name not in typed}
     if values["preset"] is not None:
         paper = preset(values["preset"], dpo=given["task"] == "dpo", rounds=len(given["data"] or ()) > 1)
-        given |= {name: value for name, value in paper.items() if name not in typed and name not in found}
+        parse = {one.name: one.option.parse for one in declared_options(Settings)}
+        for name in paper.keys() - typed - found.keys():
+            given[name] = parsed(as_typed(paper[name])) if (parsed := parse[name]) else paper[name]
     for name in ("model", "data", "out"):
         if not given[name]:
             raise OptionError(f"`{name}` is missing. Give it here or in `config`.")

@@ -6,24 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.tiny_model import make_model, questions
+from helpers.tiny_model import make_model, questions, report
 
 from surgery.__main__ import main
 from surgery.train.presets import preset
 
 # Typed off the papers: FAPM §4, HFT A.2.3, MoFO D.3.
-FAPM = {"optim": "adamw", "lr": 5e-6, "batch-size": 2, "epochs": 3.0}
-HFT = {"optim": "hft", "hft": 0.5, "lr": 2e-5, "schedule": "linear", "epochs": 2.0, "batch-size": 128}
+FAPM = {"optim": "adamw", "lr": 5e-6, "batch-size": 2}
+HFT = {"optim": "hft", "hft": 0.5, "lr": 2e-5, "schedule": "linear", "batch-size": 128}
 HFT_ROUNDS = {"optim": "hft", "hft": 0.5, "lr": 1e-5, "schedule": "constant", "batch-size": 128}
-MOFO = {
-    "optim": "mofo",
-    "alpha": 0.15,
-    "lr": 2e-5,
-    "schedule": "cosine",
-    "warmup": 0.03,
-    "epochs": 2.0,
-    "seq-len": 1024,
-}
+MOFO = {"optim": "mofo", "alpha": 0.15, "lr": 2e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 2.0}
 MOFO_ROUNDS = {"optim": "mofo", "alpha": 0.05, "lr": 1e-5, "schedule": "cosine", "batch-size": 64}
 
 
@@ -51,17 +43,22 @@ def test_a_preset_is_the_papers_settings(
     assert {key: written[key] for key in expected} == expected
 
 
+def test_fapm_trains_for_three_epochs(places: tuple[Path, Path], tmp_path: Path) -> None:
+    assert trained(places, tmp_path / "out", "--preset", "fapm") == 0
+    assert len(report(tmp_path / "out")["rounds"][0]["steps"]) == 4 * 3 // 2
+
+
 def test_lengths_beyond_the_tiny_model() -> None:
     assert [preset(name, dpo=False, rounds=False)["seq_len"] for name in ("hft", "mofo")] == [4096, 1024]
     assert preset("hft", dpo=True, rounds=False) == {"optim": "hft", "lr": 5e-7, "batch_size": 32, "seq_len": 4096}
 
 
 def test_what_is_given_wins_over_a_preset(places: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("epochs: 1\nlr: 1.0e-3\n")
+    (tmp_path / "mine.yaml").write_text("seed: 3\nbatch-size: 4\nlr: 1.0e-3\n")
     words = ("--preset", "fapm", "--config", str(tmp_path / "mine.yaml"), "--lr", "2e-3", "--max-steps", "1")
     assert trained(places, tmp_path / "out", *words) == 0
     written = yaml.safe_load((tmp_path / "out" / "surgery-train.yaml").read_text())
-    assert (written["lr"], written["epochs"], written["batch-size"]) == (2e-3, 1.0, 2)
+    assert (written["lr"], written["batch-size"], written["seed"]) == (2e-3, 4, 3)
 
 
 @pytest.mark.parametrize(
