@@ -62,7 +62,7 @@ def _configured(values: dict[str, Any], typed: frozenset[str]) -> dict[str, Any]
     found = read_config(values["config"]) if values["config"] is not None else {}
     given = values | {name: value for name, value in found.items() if name not in typed}
     if values["preset"] is not None:
-        paper = preset(values["preset"], dpo=given["task"] == "dpo", rounds=len(given["data"] or ()) > 1)
+        paper = preset(values["preset"], dpo=given["task"] == "dpo", rounds=len(given["data"] or ()))
         parse = {one.name: one.option.parse for one in declared_options(Settings)}
         for name in paper.keys() - typed - found.keys():
             given[name] = parsed(as_typed(paper[name])) if (parsed := parse[name]) else paper[name]

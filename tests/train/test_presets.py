@@ -15,7 +15,13 @@ from surgery.train.presets import preset
 FAPM = {"optim": "adamw", "lr": 5e-6, "batch-size": 2}
 HFT = {"optim": "hft", "hft": 0.5, "lr": 2e-5, "schedule": "linear", "batch-size": 128}
 HFT_ROUNDS = {"optim": "hft", "hft": 0.5, "lr": 1e-5, "schedule": "constant", "batch-size": 128}
-MOFO = {"optim": "mofo", "alpha": 0.15, "lr": 2e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 2.0}
+MOFO = {
+    "optim": "mofo",
+    "alpha": 0.15,
+    "lr": 2e-5,
+    "schedule": "cosine",
+    "warmup": 0.03,
+}
 MOFO_ROUNDS = {"optim": "mofo", "alpha": 0.05, "lr": 1e-5, "schedule": "cosine", "batch-size": 64}
 
 
@@ -49,8 +55,13 @@ def test_fapm_trains_for_three_epochs(places: tuple[Path, Path], tmp_path: Path)
 
 
 def test_lengths_beyond_the_tiny_model() -> None:
-    assert [preset(name, dpo=False, rounds=False)["seq_len"] for name in ("hft", "mofo")] == [4096, 1024]
-    assert preset("hft", dpo=True, rounds=False) == {"optim": "hft", "lr": 5e-7, "batch_size": 32, "seq_len": 4096}
+    assert [preset(name, dpo=False, rounds=1)["seq_len"] for name in ("hft", "mofo")] == [4096, 1024]
+    assert preset("hft", dpo=True, rounds=1) == {"optim": "hft", "lr": 5e-7, "batch_size": 32, "seq_len": 4096}
+
+
+def test_the_eight_tasks_of_trace_have_epochs_of_their_own() -> None:
+    assert [preset(name, dpo=False, rounds=8)["epochs"] for name in ("hft", "mofo")] == [(5, 3, 7, 5, 3, 5, 5, 7)] * 2
+    assert "epochs" not in preset("mofo", dpo=False, rounds=2)
 
 
 def test_what_is_given_wins_over_a_preset(places: tuple[Path, Path], tmp_path: Path) -> None:
