@@ -21,7 +21,7 @@ STAY_ENDINGS = (
     *".index.json .lock .tmp .incomplete .zip .tar .gz .7z .parquet .png .jpg .jpeg .gif .mp4 .pdf".split(),
 )
 STAY_NAMES = tuple(
-    "surgery-report.json surgery-journal.jsonl surgery-train.yaml trainer_state.json training_args.json"
+    "surgery-report.json surgery-journal.jsonl surgery-train.yaml surgery-own-text.jsonl trainer_state.json training_args.json"
     " latest zero_to_fp32.py adapter_config.json params.json checklist.chk consolidated.index.json".split()
 )
 STAY_BEGINNINGS = (".", "readme", "events.out.tfevents")

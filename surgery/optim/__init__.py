@@ -6,7 +6,7 @@ They need torch and nothing else, and fit any training loop that a torch.optim.O
 from __future__ import annotations
 
 from surgery.optim.blocks import fused_blocks
-from surgery.optim.half_freeze import Freeze, half_freeze
+from surgery.optim.half_freeze import Freeze, half_freeze, train_only
 from surgery.optim.mofo import MoFO
 
-__all__ = ["Freeze", "MoFO", "fused_blocks", "half_freeze"]
+__all__ = ["Freeze", "MoFO", "fused_blocks", "half_freeze", "train_only"]

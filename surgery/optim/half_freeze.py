@@ -90,10 +90,44 @@ def half_freeze(
         raise OptionError("No parameter of the model belongs to a layer, so there is no half to freeze.")
     plain = {name: adapted(name) for name in parameters}
     chosen = choose(set(plain.values()), ratio, level, seed, also, counts)
+    return _frozen(model, {name for name in parameters if plain[name] in chosen}, (ratio, level, seed))
+
+
+def train_only(model: torch.nn.Module, category: str, first: int, end: int) -> Freeze:
+    """Freeze all but one category of a range of layers (CoFiTune: the feed-forward of some), as `half_freeze` freezes.
+
+    Args:
+        category: of `surgery.layout`.
+        first, end: the layers that are trained, and the one behind them.
+
+    Raises:
+        OptionError: the range holds nothing of that category.
+    """
+    kept = set()
+    for name, _ in model.named_parameters():
+        where = place(name)
+        if where.category == category and where.layer is not None and first <= where.layer < end:
+            kept.add(name)
+    if not kept:
+        raise OptionError(
+            f"Layers {first} to {end - 1} have nothing of {category.replace('_', '-')}. Give other layers."
+        )
+    names = {name for name, _ in model.named_parameters()} - kept
+    return _frozen(model, names, (0.0, category, 0))
+
+
+def _frozen(model: torch.nn.Module, chosen: Collection[str], asked: tuple[float, str, int]) -> Freeze:
+    """Freeze parameters for a round, and unfreeze those of the round before.
+
+    Args:
+        chosen: names of parameters.
+        asked: ratio, level and seed.
+    """
+    parameters = dict(model.named_parameters())
     for module in model.modules():
         for name in vars(module).pop(_MARK, ()):
             module.get_parameter(name).requires_grad_(True)
-    names = tuple(name for name in parameters if plain[name] in chosen)
+    names = tuple(name for name in parameters if name in chosen)
     for name in names:
         parameter = parameters[name]
         if parameter.requires_grad:
@@ -105,4 +139,4 @@ def half_freeze(
     frozen = sum(sizes[name] for name in names)
     inner = [name for name in parameters if place(name).layer is not None]
     trained = sum(sizes[name] for name in inner if parameters[name].requires_grad)
-    return Freeze(ratio, level, seed, names, frozen, sum(sizes.values()), sum(sizes[name] for name in inner), trained)
+    return Freeze(*asked, names, frozen, sum(sizes.values()), sum(sizes[name] for name in inner), trained)

@@ -117,26 +117,34 @@ def remembered(settings: Settings, rounds: Sequence[Round], older: Sequence[Row]
 
 
 def freeze(settings: Settings, model: torch.nn.Module, seed: int) -> dict[str, Any] | None:
-    """Freeze what the settings say for a round, and describe it for the report; None where that is nothing."""
-    if settings.frozen is None and not settings.freeze:
-        return None
-    from surgery.optim import half_freeze
+    """Freeze what the settings say for a round, and describe it for the report; None where that is nothing.
 
-    found = half_freeze(
-        model,
-        ratio=settings.frozen or 0.0,
-        level=settings.level,
-        seed=seed,
-        also=settings.freeze,
-        counts=settings.frozen_counts,
-    )
+    Raises:
+        OptionError: a count or a range does not fit the model.
+    """
+    from surgery.optim import half_freeze, train_only
+
+    if settings.cofitune:
+        found = train_only(model, "feed_forward", *settings.cofitune)
+    elif settings.frozen is not None or settings.freeze:
+        found = half_freeze(
+            model,
+            ratio=settings.frozen or 0.0,
+            level=settings.level,
+            seed=seed,
+            also=settings.freeze,
+            counts=settings.frozen_counts,
+        )
+    else:
+        return None
     named = {"ratio": found.ratio, "level": found.level, "seed": seed, "share": found.share}
     return {**named, "trainable": found.trainable, "tensors": list(found.names)}
 
 
 def check_libraries(settings: Settings) -> None:
     """Refuse settings that need a library which is not installed."""
-    wanted = ["transformers", "trl", "accelerate", "datasets", *(["peft"] if settings.lora else [])]
+    wanted = ["transformers", "trl", "accelerate", "datasets"]
+    wanted += [*(["peft"] if settings.lora else []), *(["scipy"] if settings.gem == "gem" else [])]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(f"surgery train needs {', '.join(missing)}: pip install 'model-surgery[train]'.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.output import check_output
 from surgery.data.records import local
-from surgery.data.rows import Row
+from surgery.data.rows import Data, Row
 from surgery.errors import OptionError, SurgeryError, out_of_memory
 from surgery.layout import tower
 from surgery.train.data import begun_once, parted_prompts, replayed
 from surgery.train.encode import Encoder
+from surgery.train.own_text import FILE as OWN_TEXT
 from surgery.train.plan import NOBODY, Observer, Round, check_libraries, freeze, read_data, read_round, remembered
 from surgery.train.processes import find
 from surgery.train.settings import Settings
@@ -71,11 +73,10 @@ def train(
     tokenizer = load_tokenizer(
         checkpoint.folder, chat=any(data.chat for data in (*older, *(round.data for round in rounds)))
     )
-    old = [row for data in older for row in data.rows]
     exam = Exam(tests(settings), checkpoint.folder)
     with Work(out, settings.as_json(), resume=resume, replace=force, leader=rank == 0) as work, _quiet():
         try:
-            run = _Run(settings, checkpoint, tokenizer, rounds, old, exam, work, processes, observer)
+            run = _Run(settings, checkpoint, tokenizer, rounds, older, exam, work, processes, observer)
             report = run.all(command)
         except BaseException as error:
             last = work.last()
@@ -109,23 +110,26 @@ class _Run:
         checkpoint: Checkpoint,
         tokenizer: Any,
         rounds: list[Round],
-        old: list[Row],
+        older: list[Data],
         exam: Exam,
         work: Work,
         processes: int,
         observer: Observer,
     ) -> None:
         self.settings, self.checkpoint, self.tokenizer, self.rounds = settings, checkpoint, tokenizer, rounds
-        self.old, self.exam, self.work, self.processes, self.observer = old, exam, work, processes, observer
+        self.older, self.exam, self.work, self.processes, self.observer = older, exam, work, processes, observer
         self.scores: list[list[float]] = []  # [round][task]
+        self.own: list[Row] = []  # what the start model wrote
 
     def all(self, command: Sequence[str]) -> dict[str, Any]:
         from surgery.model.pretrained import max_positions
         from surgery.train import report
         from surgery.train.holds import holds_of
+        from surgery.train.losses import ASKING
         from surgery.train.model import check_can_be_saved, load_model
 
         begun = time.perf_counter()
+        self.own = self._own_text()
         model = load_model(self.checkpoint, self.settings.dtype)
         check_can_be_saved(model, self.checkpoint)
         most = max_positions(model.config)
@@ -133,7 +137,7 @@ class _Run:
             self.settings = replace(self.settings, seq_len=most)
         holds = holds_of(self.settings)
         reference = None
-        if self.settings.task == "dpo" and self.settings.lora is None:
+        if self.settings.lora is None and (self.settings.task == "dpo" or self.settings.loss in ASKING):
             reference = load_model(self.checkpoint, self.settings.dtype)
         for number, round in enumerate(self.rounds, 1):
             model = self._one(number, round, model, holds, reference)
@@ -143,6 +147,8 @@ class _Run:
             )
         if not self.work.leader:
             return {}
+        if self.own:
+            shutil.copyfile(self.work.folder / OWN_TEXT, self.work.result / OWN_TEXT)
         document = report.document(
             self.settings,
             self.checkpoint,
@@ -169,7 +175,8 @@ class _Run:
 
         settings, begun = self.settings, time.perf_counter()
         seed = settings.seed + number - 1
-        again = replayed(remembered(settings, self.rounds, self.old, number), settings.replay_ratio, seed)
+        older = [row for data in self.older for row in data.rows]
+        again = replayed(remembered(settings, self.rounds, older, number), settings.replay_ratio, seed)
         rows, said = begun_once(self.tokenizer, [*round.rows, *again])
         for sentence in (said, parted_prompts(self.tokenizer, rows, self.checkpoint.folder)):
             if sentence:
@@ -183,6 +190,7 @@ class _Run:
             held_out,
             reference=reference,
             holds=holds,
+            objective=self._objective(reference),
             folder=self.work.round(number),
             processes=self.processes,
             seed=seed,
@@ -222,8 +230,9 @@ class _Run:
             "not_used": dict(round.data.unused),
             "seed": seed,
             "frozen": frozen,
+            "holds": {name: value for hold in holds for name, value in hold.report().items()},
             "steps": [
-                {key: entry[key] for key in ("step", "loss", "learning_rate", "grad_norm") if key in entry}
+                {key: entry[key] for key in ("step", "loss", "own_loss", "learning_rate", "grad_norm") if key in entry}
                 for entry in trainer.state.log_history
                 if "loss" in entry
             ],
@@ -258,7 +267,34 @@ class _Run:
             plain = [{name: row[name][: self.settings.seq_len] for name in ("input_ids", "labels")} for row in some]
             return {name: value.to(model.device) for name, value in collate(plain).items()}
 
-        return Scene(model, rows, [], batch, number, self.settings.seed + number - 1)
+        def nll(some: Sequence[Row]) -> tuple[Any, int]:
+            with trainer.compute_loss_context_manager():
+                found = model(**batch(some), use_cache=False, fused_lm_head=True)
+            return -found.log_probs.sum(), int(found.label_mask.sum())
+
+        memory = [self._encoded(part.rows) for part in self.older]
+        memory += [self._encoded(round.rows) for round in self.rounds[: number - 1]]
+        memory += [self.own] if self.own else []
+        return Scene(model, rows, memory, batch, nll, number, self.settings.seed + number - 1)
+
+    def _own_text(self) -> list[Row]:
+        """What the start model writes, where that is to be learnt; the same in each process."""
+        settings = self.settings
+        if not settings.own_text:
+            return []
+        from surgery.train.own_text import own_text
+
+        self.observer.say(f"The start model writes {settings.own_passages:,} passages.")
+        size = {"passages": settings.own_passages, "tokens": settings.own_tokens, "seed": settings.seed}
+        return own_text(self.checkpoint, self.work.folder, **size, keep=self.work.leader)
+
+    def _objective(self, reference: PreTrainedModel | None) -> Any:
+        from surgery.train.losses import Strength
+        from surgery.train.trainer import Objective
+
+        settings = self.settings
+        strength = Strength(settings.eaft_alpha, settings.kl_weight)
+        return Objective(settings.loss, strength, reference, (self.own, settings.own_weight))
 
     def _encoded(self, rows: list[Row]) -> list[Row]:
         """Rows as the trainer takes them; preferences are for TRL to encode."""

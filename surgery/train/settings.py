@@ -28,14 +28,27 @@ LOGS = ("none", "tensorboard", "wandb")
 TOGETHER = 8
 # Of a round of continual training, where --eval-split is not given.
 HELD_OUT = 0.05
-# What --replay calls the rows of earlier rounds.
-ROUNDS = "rounds"
+# What --replay calls the rows of earlier rounds, and what the start model writes.
+ROUNDS, SELF = "rounds", "self"
+LOSSES = ("nll", "dft", "eaft", "asft", "kl")
+GEMS = ("gem", "a-gem")
+# Whole numbers from 1 on.
+WHOLE = ("own_passages", "own_tokens", "memory_rows")
 # What may differ between a run and the one that resumes it.
 NEUTRAL = ("log", "save_every")
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    if not text:
+        return ()
+    words = text.split(":")
+    if len(words) != 2 or not all(word.strip().isdigit() for word in words) or int(words[0]) >= int(words[1]):
+        raise ValueError(f"takes the first layer and the one behind the last, such as 8:16, not {text!r}.")
+    return tuple(map(int, words))
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -207,12 +220,42 @@ class Settings:
     keep_adapter: bool = option(False, help="Write the LoRA adapter itself.", panel=KEEP)
     replay: tuple[str, ...] = option(
         (),
-        help="What to remember: a file or data set of older data, or [b]rounds[/b], the rows of earlier rounds. Repeatable. The "
-        "first of several rounds has none.",
+        help="What to remember: a file or data set of older data; [b]rounds[/b], the rows of earlier rounds; or [b]self[/b], "
+        "text that the start model writes. Repeatable. The first of several rounds takes in no file.",
         metavar="WHAT",
         panel=KEEP,
     )
-    replay_ratio: float = option(0.1, help="Share of what is remembered that a round takes in.", panel=KEEP)
+    replay_ratio: float = option(0.1, help="Share of the remembered rows that a round takes in.", panel=KEEP)
+    own_weight: float = option(1.0, help="replay self: λ of its loss, beside the data's.", panel=KEEP)
+    own_passages: int = option(128, help="replay self: passages that the start model writes.", panel=KEEP)
+    own_tokens: int = option(64, help="replay self: tokens of a passage, at most.", panel=KEEP)
+    loss: str = option(
+        "nll",
+        help="Of a token: [b]nll[/b]; [b]dft[/b], times its probability; [b]eaft[/b], times how unsure the model is; [b]kl[/b], "
+        "with a pull on what is predicted; [b]asft[/b], dft with that pull.",
+        panel=KEEP,
+    )
+    eaft_alpha: float = option(1.0, help="eaft: the power of the entropy.", panel=KEEP)
+    kl_weight: float = option(0.05, help="kl and asft: λ of KL(start ‖ model).", panel=KEEP)
+    ewc: float = option(0.0, help="λ of elastic weight consolidation, by what is remembered.", panel=KEEP)
+    gem: str | None = option(
+        None,
+        help="Turn each gradient so that it does not raise the loss on what is remembered: [b]gem[/b], on each part of it, or "
+        "[b]a-gem[/b], on all of it.",
+        metavar="KIND",
+        panel=KEEP,
+    )
+    proximal: float = option(0.0, help="λ of a proximal step towards the start, behind the optimizer's.", panel=KEEP)
+    soft_mask: bool = option(False, help="V-SoftMask: smaller gradients of units that matter in general.", panel=KEEP)
+    cofitune: tuple[int, ...] = option(
+        (),
+        help="CoFiTune: train the feed-forward of these layers alone, with V-SoftMask; 8:16 is layers 8 to 15.",
+        metavar="LAYERS",
+        shown=False,
+        parse=_layers,
+        panel=KEEP,
+    )
+    memory_rows: int = option(64, help="ewc, gem: rows of each part of the memory; soft-mask: of the data.", panel=KEEP)
     beta: float = option(0.1, help="dpo: how strongly it holds to the start model.", panel=KEEP)
     seed: int = option(0, help="Of the order, the draws and new weights.")
     save_dtype: str | None = option(
@@ -236,6 +279,8 @@ class Settings:
             one_of(name, getattr(self, name), allowed)
         for group in self.freeze:
             one_of("freeze", group, ALSO)
+        if self.gem is not None:
+            one_of("gem", self.gem, GEMS)
         if self.save_dtype is not None:
             one_of("save_dtype", self.save_dtype, DTYPES)
         for name in ("hft", "replay_ratio", "mixout", "eval_split"):
@@ -253,11 +298,22 @@ class Settings:
             if getattr(self, name) <= 0:
                 raise OptionError(f"`{_field(name)}` must be greater than 0, not {getattr(self, name)}.")
         share("alpha", self.alpha)
-        for name in ("warmup", "weight_decay", "clip", "l1", "l2"):
+        for name in (
+            "warmup",
+            "weight_decay",
+            "clip",
+            "l1",
+            "l2",
+            "ewc",
+            "proximal",
+            "own_weight",
+            "eaft_alpha",
+            "kl_weight",
+        ):
             finite(_field(name), getattr(self, name))
             if getattr(self, name) < 0:
                 raise OptionError(f"`{name}` must be 0 or greater, not {getattr(self, name)}.")
-        counted = ("batch", "max_steps", "accumulation", "save_every", "lora", "seq_len", "sample", "max_chars")
+        counted = ("batch", "max_steps", "accumulation", "save_every", "lora", "seq_len", "sample", "max_chars", *WHOLE)
         for name in (*counted, "eval_every", "eval_limit", "max_new_tokens"):
             value, least = getattr(self, name), 2 if name == "seq_len" else 1
             if value is not None and value < least:
@@ -274,6 +330,7 @@ class Settings:
         """Name of an option, or of a value that it has -> whether it is asked for."""
         own = {field.name: bool(getattr(self, field.name)) for field in dataclasses.fields(self)}
         other = {"rounds": self.multi, "dpo": self.task == "dpo", "by_level": self.level != "category"}
+        other |= {"weighed": self.loss != "nll", "memory": bool(self.replay) or self.multi}
         other |= {
             "replay_rounds": ROUNDS in self.replay,
             "gd": self.form == "gd",
@@ -291,7 +348,12 @@ class Settings:
     @property
     def older(self) -> tuple[str, ...]:
         """The files and data sets of older data."""
-        return tuple(name for name in self.replay if name != ROUNDS)
+        return tuple(name for name in self.replay if name not in (ROUNDS, SELF))
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the start model's own text is learnt."""
+        return SELF in self.replay
 
     @property
     def rate(self) -> float:

@@ -12,6 +12,24 @@ APART: tuple[tuple[tuple[str, ...], str], ...] = (
         ("lora", "mixout"),
         "`mixout` takes entries of whole matrices back, and `lora` never makes its change a whole matrix: give `l2` instead.",
     ),
+    (
+        ("lora", "soft_mask"),
+        "`soft_mask` scales the gradients of a model's own matrices, which `lora` does not train. Leave one out.",
+    ),
+    (("lora", "cofitune"), "`cofitune` trains some of a model's own matrices, and `lora` none. Leave one out."),
+    (("lora", "proximal"), "`proximal` moves a model's own weights, which `lora` does not train: give `l2` instead."),
+    (("cofitune", "hft"), "`cofitune` and `hft` both say which tensors are trained. Leave one out."),
+    (("cofitune", "freeze"), "`cofitune` trains nothing outside the layers, so there is nothing to `freeze`."),
+    (
+        ("proximal", "mofo"),
+        "`proximal` moves every weight, and MoFO keeps all but the largest momenta where they are: give `l2` instead.",
+    ),
+    (("gem", "fsdp"), "`gem` needs whole gradients in each process, so it does not go with `fsdp`."),
+    *(
+        (("dpo", name), f"`task` dpo has a loss of its own, on pairs, so `{name}` does not go with it.")
+        for name in ("ewc", "gem", "soft_mask", "cofitune")
+    ),
+    (("dpo", "weighed"), "`task` dpo has a loss of its own, so `loss` does not go with it."),
     (("lora", "freeze"), "`lora` trains no weight of the model itself, so there is nothing to `freeze`."),
     (("mixout", "fsdp"), "`mixout` needs whole weights in each process, so it does not go with `fsdp`."),
     *(
@@ -40,6 +58,8 @@ NEEDED: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "`replay` rounds remembers earlier rounds: give more than one `data`, or a file to replay.",
     ),
     ("prompt_field", ("completion_field",), "`prompt_field` needs `completion_field` beside it."),
+    ("ewc", ("memory",), "`ewc` needs something to remember: `replay` WHAT, or more than one `data`."),
+    ("gem", ("memory",), "`gem` needs something to remember: `replay` WHAT, or more than one `data`."),
     ("gd", ("mofo",), "`form` gd is a form of MoFO: give `optim` mofo, or `optim` sgd for gradient descent as such."),
     ("keep_adapter", ("lora",), "`keep_adapter` needs `lora` RANK."),
     ("eval_limit", ("eval_data",), "`eval_limit` is of `eval_data`. Give that, too."),

@@ -9,18 +9,24 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from surgery.data.rows import Row
 from surgery.errors import OptionError
 from surgery.optim import MoFO, fused_blocks
 from surgery.train import sharding
+from surgery.train.encode import IGNORED, Encoded
 from surgery.train.holds.hold import Hold
+from surgery.train.holds.memory import resting
+from surgery.train.losses import ASKING, LOSSES, NORMAL, Loss, Strength
 from surgery.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -69,8 +75,94 @@ class _Glue:
         return loss
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised beside or in place of the data's negative log-likelihood.
+
+    Attributes:
+        name: of the loss, "nll" or one of `surgery.train.losses`.
+        strength: of it.
+        start: the start model, where the loss asks it and there is no adapter to take off.
+        own: rows of own text, and λ of their loss.
+    """
+
+    name: str = "nll"
+    strength: Strength = NORMAL
+    start: PreTrainedModel | None = None
+    own: tuple[Sequence[Encoded], float] = ((), 0.0)
+
+
 class Sft(_Glue, SFTTrainer):  # type: ignore[misc]
     """Supervised fine-tuning."""
+
+    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+        self.objective, self.part = objective, 0
+        super().__init__(*args, **kwargs)
+        if objective.start is not None:
+            start: Any = objective.start
+            start.requires_grad_(False).eval().to(self.accelerator.device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a part of a batch. What is held out is always scored by the negative log-likelihood."""
+        name = self.objective.name if self.model.training else "nll"
+        self.args.loss_type = "dft" if name == "dft" else "nll"
+        asked = partial(self._weighed, model, LOSSES[name]) if name in LOSSES else model
+        loss = super().compute_loss(asked, inputs, return_outputs, num_items_in_batch)
+        rows, weight = self.objective.own
+        if rows and self.model.training:
+            found = model(**self._own(rows), use_cache=False, fused_lm_head=True)
+            own = -found.log_probs.sum() / found.label_mask.sum().clamp(min=1)
+            self._metrics["train"]["own_loss"].append(float(own.detach()))
+            # As a part of a mean over the parts of a step, which the trainer takes by itself where it counts no tokens.
+            loss = loss + weight * own / (self.parts if num_items_in_batch is not None else 1)
+        return loss
+
+    @property
+    def parts(self) -> int:
+        """Parts that a step's batch goes through the model in."""
+        return int(self.args.gradient_accumulation_steps)
+
+    def _own(self, rows: Sequence[Encoded]) -> Any:
+        """The next passages, which depend on the step alone: a run that is resumed goes on with the same ones."""
+        count = self.args.per_device_train_batch_size
+        turn = (self.state.global_step * self.parts + self.part) * self.accelerator.num_processes
+        begin = (turn + self.accelerator.process_index) * count
+        self.part = (self.part + 1) % self.parts
+        batch = self.data_collator([rows[(begin + place) % len(rows)] for place in range(count)])
+        return {key: value.to(self.accelerator.device) for key, value in batch.items()}
+
+    def _weighed(self, model: Any, loss: Loss, **inputs: Any) -> FusedCausalLMOutput:
+        """What the model says of a batch, with minus the loss of each token where its log-probability stands else."""
+        labels, _ = inputs.pop("labels")[:, 1:], inputs.pop("fused_lm_head")
+        seen = labels != IGNORED
+        found = model(**inputs)
+        logits, targets = found.logits[:, :-1][seen].float(), labels[seen]
+        start = self._start(inputs)[:, :-1][seen].float() if self.objective.name in ASKING else None
+        each = loss(logits, targets, start, self.objective.strength)
+        with torch.no_grad():
+            logs = torch.log_softmax(logits, -1)
+            fields = {
+                "log_probs": -each,
+                "entropy": -(logs.exp() * logs).sum(-1),
+                "is_top1": (logits.argmax(-1) == targets).float(),
+            }
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(seen.shape).masked_scatter(seen, values)
+
+        told = {name: spread(values) for name, values in {**fields, "log_probs": -each}.items()}
+        return FusedCausalLMOutput(**told, label_mask=seen, aux_loss=getattr(found, "aux_loss", None))
+
+    @torch.no_grad()
+    def _start(self, inputs: Any) -> torch.Tensor:
+        """The start model's logits."""
+        if self.objective.start is not None:
+            return self.objective.start(**inputs).logits  # type: ignore[no-any-return]
+        plain: Any = self.accelerator.unwrap_model(self.model)
+        with resting(plain), plain.disable_adapter():
+            return plain(**inputs).logits  # type: ignore[no-any-return]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         whole = super()._prepare_dataset(dataset, processing_class, _unlimited(args), False, *rest)
@@ -151,6 +243,7 @@ def build(
     *,
     reference: PreTrainedModel | None,
     holds: Sequence[Hold],
+    objective: Objective,
     folder: Path,
     processes: int,
     seed: int,
@@ -163,6 +256,7 @@ def build(
         rows, held_out: encoded (`surgery.train.encode`), or preferences.
         reference: the start model again, for DPO on all weights.
         holds: what keeps the training near its start.
+        objective: of a training that is not on preferences.
         folder: what the trainer saves on its way.
         seed: of the order of the rows.
         epochs: times through the rows.
@@ -229,9 +323,11 @@ def build(
         config = SFTConfig(**options, packing=settings.packing, eval_packing=False)
     if settings.fsdp:
         sharding.allow_on_cpu()
-    trainer: Sft | Dpo = (
-        Dpo(args=config, ref_model=reference, **common) if settings.task == "dpo" else Sft(args=config, **common)
-    )
+    trainer: Sft | Dpo
+    if settings.task == "dpo":
+        trainer = Dpo(args=config, ref_model=reference, **common)
+    else:
+        trainer = Sft(args=config, objective=objective, **common)
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
         if dataset is not None:
             _check_tokens(dataset, tokenizer, embedding.num_embeddings)

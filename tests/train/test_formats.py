@@ -64,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(model: Path, file: Path, **more: Any) -> tuple[list[dict[str, list[int]]], Any]:
     """The rows that the trainer would learn from, and the trainer."""
-    from surgery.train.trainer import build
+    from surgery.train.trainer import Objective, build
 
     settings = Settings(model=str(model), data=(str(file),), out=Path("out"), max_steps=1, batch_size=1, **more)
     fields = {"prompt": settings.prompt_field, "completion": settings.completion_field}
@@ -83,6 +83,7 @@ def prepared(model: Path, file: Path, **more: Any) -> tuple[list[dict[str, list[
             [],
             reference=load_model(opened, "float32") if settings.task == "dpo" else None,
             holds=(),
+            objective=Objective(),
             folder=file.with_suffix(".states"),
             processes=1,
             seed=0,

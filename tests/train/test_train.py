@@ -333,7 +333,7 @@ def test_mixout_mixes_and_passes_gradients_as_its_formula_says() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(40, 30)
     hold = Mixout(0.4)
-    hold.begin(Scene(layer, [], [], lambda _: {}, 1, 0))
+    hold.begin(Scene(layer, [], [], lambda _: {}, lambda _: (torch.zeros(()), 0), 1, 0))
     start = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1.0)  # now every entry differs from its start
@@ -681,6 +681,14 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_state(
         (("--frozen-feed-forward", "1,x"), "--frozen-feed-forward takes whole numbers"),
         (("--optim", "mofo", "--form", "gd", "--filter", "mv"), "--form gd keeps no moments"),
         (("--form", "gd"), "--form gd is a form of MoFO"),
+        (("--ewc", "1"), "--ewc needs something to remember"),
+        (("--gem", "gem"), "--gem needs something to remember"),
+        (("--cofitune", "3:1"), "--cofitune takes the first layer"),
+        (("--cofitune", "7:9"), "Layers 7 to 8 have nothing of feed-forward"),
+        (("--cofitune", "0:1", "--hft", "0.5"), "both say which tensors are trained"),
+        (("--proximal", "1", "--optim", "mofo"), "give --l2 instead"),
+        (("--lora", "4", "--soft-mask"), "which --lora does not train"),
+        (("--loss", "dpo"), "--loss must be one of"),
         (("--freeze", "mlp"), "--freeze must be one of"),
         (("--seq-len", "3"), "every prompt alone fills --seq-len 3"),
         (("--task", "dpo"), "known are prompt, chosen, rejected"),

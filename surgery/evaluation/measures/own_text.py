@@ -65,7 +65,7 @@ class OwnText:
         """
         from surgery.model.divergence import remember
 
-        pairs = _write(base, self.passages, self.tokens, advance) if known is None else _kept(known)
+        pairs = written(base, self.passages, self.tokens, SEED, advance) if known is None else _kept(known)
         self._base = remember(base, pairs)
         items = [
             {"context": context, "tokens": tokens, "text": base.tokenizer.decode(tokens)} for context, tokens in pairs
@@ -89,20 +89,26 @@ class OwnText:
         return Scores(self.kind, values, weights)
 
 
-def _write(base: LanguageModel, count: int, most: int, advance: Advance) -> list[Pair]:
-    """Passages of the base: what is given, and the tokens that it wrote."""
+def written(base: LanguageModel, count: int, most: int, seed: int, advance: Advance) -> list[Pair]:
+    """Passages of a model: what is given, and the tokens that it wrote.
+
+    Args:
+        count: passages, of which half are answers where there is a chat template.
+        most: tokens of a passage, at most.
+        seed: of the first draw; the two next numbers are taken, too.
+    """
     from surgery.model.generation import sample
 
     begin = [prefix(base.tokenizer, base.folder)]
     room = most if base.length is None else min(most, base.length // 2)
     opened = open_turn(base.tokenizer)
     chats = count // 2 if opened else 0
-    plain = sample(base, [begin] * (count - chats), room, SEED, advance)
+    plain = sample(base, [begin] * (count - chats), room, seed, advance)
     pairs = [(begin, tokens) for tokens in plain]
     if opened is None:
         return pairs
     question_room = min(QUESTION, room // 2)
-    asked = sample(base, [opened] * chats, question_room, SEED + 1, advance)
+    asked = sample(base, [opened] * chats, question_room, seed + 1, advance)
     ends = {end_of_turn(base.tokenizer), base.tokenizer.eos_token_id}
     questions = [
         str(base.tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True)).strip()
@@ -112,7 +118,7 @@ def _write(base: LanguageModel, count: int, most: int, advance: Advance) -> list
         prompt_ids(base.tokenizer, [{"role": "user", "content": question}], base.folder) for question in questions
     ]
     left = room if base.length is None else min(room, base.length - max(map(len, prompts)))
-    return pairs + list(zip(prompts, sample(base, prompts, left, SEED + 2, advance), strict=True))
+    return pairs + list(zip(prompts, sample(base, prompts, left, seed + 2, advance), strict=True))
 
 
 def _kept(known: Scores) -> list[Pair]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from surgery.train.holds.distance import Distance
+from surgery.train.holds.ewc import Ewc
+from surgery.train.holds.gem import Gem
 from surgery.train.holds.hold import Hold
 from surgery.train.holds.mixout import Mixout
+from surgery.train.holds.proximal import Proximal
+from surgery.train.holds.soft_mask import SoftMask
 from surgery.train.settings import Settings
 
-# In the order in which they act.
-HOLDS: tuple[type[Hold], ...] = (Mixout, Distance)
+# In the order in which they act: what is projected or masked is the gradient of the whole loss.
+HOLDS: tuple[type[Hold], ...] = (Mixout, Distance, Ewc, Gem, SoftMask, Proximal)
 
 
 def holds_of(settings: Settings) -> list[Hold]:

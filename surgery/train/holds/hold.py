@@ -26,6 +26,7 @@ class Scene:
         rows: of the round.
         memory: what came before: the rows of each older file and of each earlier round, and own text, each a list.
         batch: pads rows to a batch.
+        nll: Σ −log p of the learnt tokens of some rows, and how many they are, by the model as it is then.
         number: of the round, from 1.
         seed: of the round.
     """
@@ -34,6 +35,7 @@ class Scene:
     rows: Sequence[Encoded]
     memory: Sequence[Sequence[Encoded]]
     batch: Callable[[Sequence[Encoded]], Batch]
+    nll: Callable[[Sequence[Encoded]], tuple[torch.Tensor, int]]
     number: int
     seed: int
 
