@@ -144,9 +144,13 @@ def freeze(settings: Settings, model: torch.nn.Module, seed: int) -> dict[str, A
 def check_libraries(settings: Settings) -> None:
     """Refuse settings that need a library which is not installed."""
     wanted = ["transformers", "trl", "accelerate", "datasets"]
-    wanted += [*(["peft"] if settings.lora else []), *(["scipy"] if settings.gem == "gem" else [])]
+    wanted += [*(["peft"] if settings.adapted else []), *(["scipy"] if settings.gem == "gem" else [])]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(f"surgery train needs {', '.join(missing)}: pip install 'model-surgery[train]'.")
+    if settings.peft is not None:
+        from surgery.train.adapter import check_adapter
+
+        check_adapter(settings)
     if settings.log != "none" and importlib.util.find_spec(settings.log) is None:
         raise OptionError(f"`log` {settings.log} needs it installed: pip install {settings.log}.")

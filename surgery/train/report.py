@@ -20,6 +20,7 @@ from surgery.evaluation.scores import Measure
 from surgery.layout import place
 from surgery.provenance import origin, versions
 from surgery.text import dumps, readable, words
+from surgery.train.adapter import beside_the_weights
 from surgery.train.settings import Settings
 
 SETTINGS = "surgery-train.yaml"
@@ -38,14 +39,15 @@ def document(
     """Return the report, with distances from the start model measured on the files that were written.
 
     Its `pre` is the start model, from which `distance_before` is 0; there is no `ft`. Of a LoRA adapter, totals and categories
-    tell of the model that it makes, and the lines of `tensors` of its own.
+    tell of the model that it makes, and the lines of `tensors` of its own; a learnt prompt leaves the model as it is.
 
     Args:
         scores: [round][task] after each round; empty where nothing was scored.
         measures: of the tasks; none where the scores are minus the loss of held-out answers.
         result: the folder that becomes the output.
     """
-    both = diff.prepare(str(checkpoint.folder), str(result))
+    changed = checkpoint.folder if beside_the_weights(settings) else result
+    both = diff.prepare(str(checkpoint.folder), str(changed))
     lines = moved(both.items)
     own = lines
     if settings.keep_adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -124,6 +125,7 @@ class _Run:
     def all(self, command: Sequence[str]) -> dict[str, Any]:
         from surgery.model.pretrained import max_positions
         from surgery.train import report
+        from surgery.train.adapter import adapt
         from surgery.train.holds import holds_of
         from surgery.train.losses import ASKING
         from surgery.train.model import check_can_be_saved, load_model
@@ -135,9 +137,11 @@ class _Run:
         most = max_positions(model.config)
         if most is not None and most < self.settings.seq_len:
             self.settings = replace(self.settings, seq_len=most)
+        if self.settings.task == "sft":
+            model = adapt(model, self.settings, self.settings.seed)
         holds = holds_of(self.settings)
         reference = None
-        if self.settings.lora is None and (self.settings.task == "dpo" or self.settings.loss in ASKING):
+        if not self.settings.adapted and (self.settings.task == "dpo" or self.settings.loss in ASKING):
             reference = load_model(self.checkpoint, self.settings.dtype)
         for number, round in enumerate(self.rounds, 1):
             model = self._one(number, round, model, holds, reference)
@@ -275,7 +279,12 @@ class _Run:
         memory = [self._encoded(part.rows) for part in self.older]
         memory += [self._encoded(round.rows) for round in self.rounds[: number - 1]]
         memory += [self.own] if self.own else []
-        return Scene(model, rows, memory, batch, nll, number, self.settings.seed + number - 1)
+        settings = self.settings
+        parts = trainer.args.gradient_accumulation_steps
+        steps = settings.max_steps or math.ceil(
+            settings.epochs * math.ceil(len(trainer.get_train_dataloader()) / parts)
+        )
+        return Scene(model, rows, memory, batch, nll, number, settings.seed + number - 1, steps)
 
     def _own_text(self) -> list[Row]:
         """What the start model writes, where that is to be learnt; the same in each process."""
@@ -341,12 +350,12 @@ class _Run:
         if self.settings.fsdp:
             model = self._whole(model)
         last = number == len(self.rounds)
-        if self.settings.lora is not None and (self.settings.keep_adapter or not last):
+        if self.settings.adapted and (self.settings.keep_adapter or not last):
             # One adapter goes on over all rounds, beside the start model (LoraSeqFT).
             if self.work.leader:
                 save_adapter(model, self.checkpoint, self._folder(number))
             return model  # type: ignore[no-any-return]
-        if self.settings.lora is not None:
+        if self.settings.adapted:
             model = model.merge_and_unload()
         cast(model, stored_types(self.checkpoint, self.settings.save_dtype))
         if self.work.leader:
@@ -368,14 +377,14 @@ class _Run:
     def _whole(self, model: Any) -> Any:
         """Gather weights that were sharded over processes into a whole model on each of them."""
         from surgery.train import sharding
+        from surgery.train.adapter import adapter_config
         from surgery.train.model import load_model
-        from surgery.train.trainer import lora
 
         whole: Any = load_model(self.checkpoint, self.settings.dtype)
         if self.settings.lora is not None:
             from peft import get_peft_model
 
-            whole = get_peft_model(whole, lora(self.settings))
+            whole = get_peft_model(whole, adapter_config(self.settings))
         return sharding.gather(model, whole)
 
 

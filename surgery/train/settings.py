@@ -217,7 +217,13 @@ class Settings:
         0.0, help="Probability that an entry of a matrix is θ0's in a pass through the model.", panel=KEEP
     )
     lora: int | None = option(None, help="Train LoRA adapters, and merge them.", metavar="RANK", panel=KEEP)
-    keep_adapter: bool = option(False, help="Write the LoRA adapter itself.", panel=KEEP)
+    peft: str | None = option(
+        None,
+        help="Train an adapter of any type that peft has: adalora, ia3, vera, p_tuning, …",
+        metavar="TYPE",
+        panel=KEEP,
+    )
+    keep_adapter: bool = option(False, help="Write the adapter itself.", panel=KEEP)
     replay: tuple[str, ...] = option(
         (),
         help="What to remember: a file or data set of older data; [b]rounds[/b], the rows of earlier rounds; or [b]self[/b], "
@@ -331,6 +337,7 @@ class Settings:
         own = {field.name: bool(getattr(self, field.name)) for field in dataclasses.fields(self)}
         other = {"rounds": self.multi, "dpo": self.task == "dpo", "by_level": self.level != "category"}
         other |= {"weighed": self.loss != "nll", "memory": bool(self.replay) or self.multi}
+        other |= {"adapted": self.adapted, "adalora": (self.peft or "").lower() == "adalora"}
         other |= {
             "replay_rounds": ROUNDS in self.replay,
             "gd": self.form == "gd",
@@ -356,11 +363,16 @@ class Settings:
         return SELF in self.replay
 
     @property
+    def adapted(self) -> bool:
+        """Whether an adapter is trained, and not the weights themselves."""
+        return self.lora is not None or self.peft is not None
+
+    @property
     def rate(self) -> float:
         """The peak learning rate."""
         if self.lr is not None:
             return self.lr
-        return 5e-7 if self.task == "dpo" else 1e-4 if self.lora else 2e-5
+        return 5e-7 if self.task == "dpo" else 1e-4 if self.adapted else 2e-5
 
     @property
     def batch(self) -> int:

@@ -9,15 +9,36 @@ from surgery.errors import OptionError
 # (options that are not given together, the sentence that says why)
 APART: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("lora", "mixout"),
-        "`mixout` takes entries of whole matrices back, and `lora` never makes its change a whole matrix: give `l2` instead.",
+        ("adapted", "mixout"),
+        "`mixout` takes entries of whole matrices back, and an adapter has none of its own: give `lora` with `l2` instead.",
     ),
     (
-        ("lora", "soft_mask"),
-        "`soft_mask` scales the gradients of a model's own matrices, which `lora` does not train. Leave one out.",
+        ("adapted", "soft_mask"),
+        "`soft_mask` scales the gradients of a model's own matrices, which an adapter does not train. Leave one out.",
     ),
-    (("lora", "cofitune"), "`cofitune` trains some of a model's own matrices, and `lora` none. Leave one out."),
-    (("lora", "proximal"), "`proximal` moves a model's own weights, which `lora` does not train: give `l2` instead."),
+    (("adapted", "cofitune"), "`cofitune` trains some of a model's own matrices, and an adapter none. Leave one out."),
+    (
+        ("adapted", "proximal"),
+        "`proximal` moves a model's own weights, which an adapter does not train: give `lora` with `l2`.",
+    ),
+    (("lora", "peft"), "`lora` RANK is one type of adapter, and `peft` names another. Leave one out."),
+    *(
+        (("peft", name), f"`{name}` knows what LoRA adds to each matrix, and no other type: give `lora` RANK.")
+        for name in ("l1", "l2", "hft")
+    ),
+    (("peft", "dpo"), "`task` dpo goes with `lora` RANK, and with no other type of `peft`."),
+    (("peft", "fsdp"), "`fsdp` goes with `lora` RANK, and with no other type of `peft`."),
+    (
+        ("peft", "weighed"),
+        "`peft` with learnt prompts has other places than the data has, so `loss` goes with `lora` only.",
+    ),
+    *(
+        (
+            ("adalora", name),
+            f"AdaLoRA gives its ranks out once over all steps, so {word} cannot be had with `peft` adalora.",
+        )
+        for name, word in (("rounds", "several `data`"), ("save_every", "`save_every`"))
+    ),
     (("cofitune", "hft"), "`cofitune` and `hft` both say which tensors are trained. Leave one out."),
     (("cofitune", "freeze"), "`cofitune` trains nothing outside the layers, so there is nothing to `freeze`."),
     (
@@ -30,7 +51,7 @@ APART: tuple[tuple[tuple[str, ...], str], ...] = (
         for name in ("ewc", "gem", "soft_mask", "cofitune")
     ),
     (("dpo", "weighed"), "`task` dpo has a loss of its own, so `loss` does not go with it."),
-    (("lora", "freeze"), "`lora` trains no weight of the model itself, so there is nothing to `freeze`."),
+    (("adapted", "freeze"), "An adapter trains no weight of the model itself, so there is nothing to `freeze`."),
     (("mixout", "fsdp"), "`mixout` needs whole weights in each process, so it does not go with `fsdp`."),
     *(
         (
@@ -61,7 +82,7 @@ NEEDED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ewc", ("memory",), "`ewc` needs something to remember: `replay` WHAT, or more than one `data`."),
     ("gem", ("memory",), "`gem` needs something to remember: `replay` WHAT, or more than one `data`."),
     ("gd", ("mofo",), "`form` gd is a form of MoFO: give `optim` mofo, or `optim` sgd for gradient descent as such."),
-    ("keep_adapter", ("lora",), "`keep_adapter` needs `lora` RANK."),
+    ("keep_adapter", ("adapted",), "`keep_adapter` needs `lora` RANK or `peft` TYPE."),
     ("eval_limit", ("eval_data",), "`eval_limit` is of `eval_data`. Give that, too."),
     (
         "eval_every",

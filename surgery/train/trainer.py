@@ -23,6 +23,7 @@ from surgery.data.rows import Row
 from surgery.errors import OptionError
 from surgery.optim import MoFO, fused_blocks
 from surgery.train import sharding
+from surgery.train.adapter import adapter_config
 from surgery.train.encode import IGNORED, Encoded
 from surgery.train.holds.hold import Hold
 from surgery.train.holds.memory import resting
@@ -313,7 +314,7 @@ def build(
         "eval_dataset": Dataset.from_list(held_out) if held_out else None,
         "processing_class": tokenizer,
         "callbacks": [Watch(advance), Afterwards(holds)],
-        "peft_config": None if hasattr(model, "peft_config") else lora(settings),  # an adapter goes on
+        "peft_config": adapter_config(settings) if settings.task == "dpo" else None,  # else it is on
         "holds": holds,
     }
     config: Any
@@ -348,15 +349,6 @@ def optimizer(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str
     if settings.optim == "sgd":
         return torch.optim.SGD, {"lr": settings.rate}
     return torch.optim.AdamW, {"lr": settings.rate, "fused": True}
-
-
-def lora(settings: Settings) -> Any:
-    """Return the configuration of LoRA on every linear layer of the blocks, scaled by α / r = 2."""
-    if settings.lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _unlimited(args: Any) -> Any:

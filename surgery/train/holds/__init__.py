@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from surgery.train.holds.adalora import AdaLora
 from surgery.train.holds.distance import Distance
 from surgery.train.holds.ewc import Ewc
 from surgery.train.holds.gem import Gem
@@ -12,7 +13,7 @@ from surgery.train.holds.soft_mask import SoftMask
 from surgery.train.settings import Settings
 
 # In the order in which they act: what is projected or masked is the gradient of the whole loss.
-HOLDS: tuple[type[Hold], ...] = (Mixout, Distance, Ewc, Gem, SoftMask, Proximal)
+HOLDS: tuple[type[Hold], ...] = (Mixout, Distance, Ewc, Gem, SoftMask, Proximal, AdaLora)
 
 
 def holds_of(settings: Settings) -> list[Hold]:

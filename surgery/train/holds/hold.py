@@ -27,6 +27,7 @@ class Scene:
         memory: what came before: the rows of each older file and of each earlier round, and own text, each a list.
         batch: pads rows to a batch.
         nll: Σ −log p of the learnt tokens of some rows, and how many they are, by the model as it is then.
+        steps: of the round.
         number: of the round, from 1.
         seed: of the round.
     """
@@ -38,6 +39,7 @@ class Scene:
     nll: Callable[[Sequence[Encoded]], tuple[torch.Tensor, int]]
     number: int
     seed: int
+    steps: int = 0
 
 
 class Hold:
