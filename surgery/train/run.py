@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from surgery.errors import OptionError, SurgeryError, out_of_memory
 from surgery.layout import tower
 from surgery.train.data import begun_once, parted_prompts, replayed
 from surgery.train.encode import Encoder
+from surgery.train.libraries import heard
 from surgery.train.own_text import FILE as OWN_TEXT
 from surgery.train.plan import NOBODY, Observer, Round, check_libraries, freeze, read_data, read_round, remembered
 from surgery.train.processes import find
@@ -75,7 +75,7 @@ def train(
         checkpoint.folder, chat=any(data.chat for data in (*older, *(round.data for round in rounds)))
     )
     exam = Exam(tests(settings), checkpoint.folder)
-    with Work(out, settings.as_json(), resume=resume, replace=force, leader=rank == 0) as work, _quiet():
+    with Work(out, settings.as_json(), resume=resume, replace=force, leader=rank == 0) as work, heard(observer.say):
         try:
             run = _Run(settings, checkpoint, tokenizer, rounds, older, exam, work, processes, observer)
             report = run.all(command)
@@ -282,7 +282,7 @@ class _Run:
         settings = self.settings
         parts = trainer.args.gradient_accumulation_steps
         steps = settings.max_steps or math.ceil(
-            settings.epochs * math.ceil(len(trainer.get_train_dataloader()) / parts)
+            settings.epochs_of(number) * math.ceil(len(trainer.get_train_dataloader()) / parts)
         )
         return Scene(model, rows, memory, batch, nll, number, settings.seed + number - 1, steps)
 
@@ -399,36 +399,3 @@ def _template_error(error: BaseException) -> bool:
     from jinja2 import TemplateError
 
     return isinstance(error, TemplateError)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' own messages, progress bars and telemetry."""
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
-    names = ("trl", "accelerate", "datasets", "peft", "torch", "huggingface_hub")
-    levels = {name: logging.getLogger(name).level for name in names}
-    own: Any = transformers.utils.logging  # untyped
-    verbosity, bars = own.get_verbosity(), own.is_progress_bar_enabled()
-    other_bars = datasets.are_progress_bars_disabled()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    own.set_verbosity_error()
-    own.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        own.set_verbosity(verbosity)
-        if bars:
-            own.enable_progress_bar()
-        if not other_bars:
-            datasets.enable_progress_bars()

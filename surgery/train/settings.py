@@ -32,6 +32,18 @@ HELD_OUT = 0.05
 ROUNDS, SELF = "rounds", "self"
 LOSSES = ("nll", "dft", "eaft", "asft", "kl")
 GEMS = ("gem", "a-gem")
+NOT_NEGATIVE = (
+    "warmup",
+    "weight_decay",
+    "clip",
+    "l1",
+    "l2",
+    "ewc",
+    "proximal",
+    "own_weight",
+    "eaft_alpha",
+    "kl_weight",
+)
 # Whole numbers from 1 on.
 WHOLE = ("own_passages", "own_tokens", "memory_rows")
 # What may differ between a run and the one that resumes it.
@@ -280,6 +292,7 @@ class Settings:
             "filter": FILTERS,
             "form": FORMS,
             "log": LOGS,
+            "loss": LOSSES,
         }
         for name, allowed in {**choices, "dtype": DTYPES, "level": LEVELS}.items():
             one_of(name, getattr(self, name), allowed)
@@ -304,18 +317,7 @@ class Settings:
             if getattr(self, name) <= 0:
                 raise OptionError(f"`{_field(name)}` must be greater than 0, not {getattr(self, name)}.")
         share("alpha", self.alpha)
-        for name in (
-            "warmup",
-            "weight_decay",
-            "clip",
-            "l1",
-            "l2",
-            "ewc",
-            "proximal",
-            "own_weight",
-            "eaft_alpha",
-            "kl_weight",
-        ):
+        for name in NOT_NEGATIVE:
             finite(_field(name), getattr(self, name))
             if getattr(self, name) < 0:
                 raise OptionError(f"`{name}` must be 0 or greater, not {getattr(self, name)}.")

@@ -12,8 +12,8 @@ from surgery.data.rows import ALPACA, ALPACA_INPUT, read
 from surgery.errors import CheckpointError, OptionError
 from surgery.train.data import hold_out, replayed
 from surgery.train.encode import IGNORED, Encoder
+from surgery.train.libraries import heard
 from surgery.train.model import load_model, load_tokenizer, open_model
-from surgery.train.run import _quiet
 from surgery.train.settings import Settings
 
 USER, ASSISTANT = IDS["<user>"], IDS["<assistant>"]
@@ -74,7 +74,7 @@ def prepared(model: Path, file: Path, **more: Any) -> tuple[list[dict[str, list[
     rows: list[Any] = data.rows
     if settings.task == "sft":
         rows = Encoder(tokenizer, model, settings.completion_only)(rows)
-    with _quiet():
+    with heard(lambda _: None):
         trainer = build(
             settings,
             load_model(opened, "float32"),
