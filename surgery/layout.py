@@ -260,7 +260,7 @@ class Projections:
         kind: "weight" or "bias".
         expert: the number of an expert that is stored by itself; None for a dense layer or stacked experts.
         stacked: the outermost dimension counts experts.
-        mixed: q, k and v alternate by heads, as the model's configuration says.
+        mixed: the model's configuration says how q, k and v lie in it, such as head by head.
     """
 
     module: str
@@ -280,17 +280,23 @@ _ROLES = {
     "w3": ("up",),
     "w2": ("down",),
     "qkv_proj": ("q", "k", "v"),  # Phi-3
-    "query_key_value": ("q", "k", "v"),  # GPT-NeoX, Bloom, Falcon
+    "query_key_value": ("q", "k", "v"),  # GPT-NeoX, Bloom, Falcon, Persimmon, ChatGLM
+    "c_attn": ("q", "k", "v"),  # GPT-2, GPT-BigCode, the first Qwen
+    "wqkv": ("q", "k", "v"),  # InternLM2
+    "Wqkv": ("q", "k", "v"),  # MPT, DBRX, ModernBERT
+    "W_pack": ("q", "k", "v"),  # Baichuan
     "q_proj": ("q",),
     "k_proj": ("k",),
     "v_proj": ("v",),
 }
+# How q, k and v lie in these depends on the model.
+_MIXED = ("query_key_value", "c_attn", "wqkv", "Wqkv", "W_pack")
 _OF_EXPERTS = re.compile(
     r"^(?P<module>.+\.)(?:experts|switch_mlp)\.(?:(?P<expert>[0-9]{1,6})\.)?"  # MLX calls them switch_mlp
     r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)s?(?:\.(?P<inner>[0-9]{1,6}))?(?:[._](?P<kind>weight|bias))?$"
 )
 _OF_LAYER = re.compile(
-    r"^(?P<module>.+)\.(?P<leaf>qkv_proj|query_key_value|[qkv]_proj|gate_up_proj|gate_proj|up_proj)\.(?P<kind>weight|bias)$"
+    r"^(?P<module>.+)\.(?P<leaf>qkv_proj|query_key_value|c_attn|[wW]qkv|W_pack|[qkv]_proj|gate_up_proj|gate_proj|up_proj)\.(?P<kind>weight|bias)$"
 )
 
 
@@ -303,7 +309,7 @@ def projections(name: str) -> Projections | None:
         module, kind = f"{found['module']}experts", found["kind"] or "weight"
         return Projections(module, _ROLES[found["leaf"]], kind, expert, stacked=expert is None)
     if found := _OF_LAYER.match(core):
-        mixed = found["leaf"] == "query_key_value"
+        mixed = found["leaf"] in _MIXED
         return Projections(found["module"], _ROLES[found["leaf"]], found["kind"], mixed=mixed)
     return None
 

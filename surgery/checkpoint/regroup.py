@@ -3,7 +3,7 @@
 Each tensor is cut into the smallest parts that either side may store by itself: the gate, up or down projection of an
 expert, one head of q, k or v. From pre's parts each tensor of ft gets its base, in ft's form, read straight out of pre's
 files. Parts are ranges of rows, so nothing is copied; only experts that are stored transposed (gpt-oss, Llama 4, Qwen3-VL)
-are turned in memory, one at a time.
+and GPT-2's projections are turned in memory, one at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ Key = tuple[str, str, str, int, int]
 TRANSPOSED = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 # Of these, those in which the gate's and the up projection's outputs alternate.
 ALTERNATING = ("gpt_oss",)
+# How q, k and v lie in one tensor whose name does not tell: one behind the other, or each head or group of heads with its own.
+GROUPS = {
+    **dict.fromkeys(("gpt2", "qwen", "mpt", "dbrx", "modernbert", "nomic_bert", "baichuan", "chatglm"), "together"),
+    **dict.fromkeys(("gpt_neox", "bloom", "persimmon"), "head"),
+    "internlm2": "group",
+}
+# Of these, those in which it is stored [in, out].
+CONV1D = ("gpt2",)
+# Models whose qkv_proj is laid for a cluster that they were trained on.
+SCATTERED = ("codegen",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +63,28 @@ class Sizes:
             return next((part[name] for name in names if isinstance(part.get(name), int)), 0)
 
         model = str(part.get("model_type") or config.get("model_type") or "")
-        hidden, heads = number("hidden_size", "n_embed", "d_model"), number("num_attention_heads", "n_head")
+        hidden = number("hidden_size", "n_embed", "n_embd", "d_model")
+        heads = number("num_attention_heads", "n_head", "n_heads")
         kv_heads = number("num_key_value_heads", "num_kv_heads") or heads
-        groups = {"gpt_neox": "head", "bloom": "head", "falcon": "head"}.get(model, "")
-        if model == "falcon":
-            if part.get("new_decoder_architecture"):
-                groups = "group"
-            else:
-                one = part.get("multi_query", True)
-                groups, kv_heads = ("together", 1) if one else ("head", heads)
-        elif groups:
+        groups = GROUPS.get(model, "")
+        if model == "falcon" and part.get("new_decoder_architecture"):
+            groups = "group"
+        elif model in ("falcon", "gpt_bigcode"):
+            groups, kv_heads = ("together", 1) if part.get("multi_query", True) else ("head", heads)
+        elif model == "chatglm":
+            kv_heads = number("multi_query_group_num") if part.get("multi_query_attention") else heads
+        elif model == "dbrx":
+            attention = part.get("attn_config")
+            found = attention.get("kv_n_heads") if isinstance(attention, Mapping) else None
+            kv_heads = found if isinstance(found, int) else 0
+        elif groups and groups != "group":
             kv_heads = heads
-        dim = number("head_dim") or (hidden // heads if heads else 0)
+        dim = number("head_dim", "kv_channels") or (hidden // heads if heads else 0)
         return cls(model, hidden, heads, kv_heads, dim, groups)
 
     def heads_of(self, held: Projections) -> list[tuple[str, int]] | None:
         """The heads in a tensor's rows, in their order: (role, number); None where config.json does not say."""
-        if not (self.heads and self.kv_heads and self.head_dim):
+        if not (self.heads and self.kv_heads and self.head_dim) or self.model in SCATTERED:
             return None
         count = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
         if not held.mixed or self.groups == "together":
@@ -315,9 +330,11 @@ def _matrices(tensor: Tensor, config: Mapping[str, Any]) -> list[Matrix] | None:
         heads = [(role, -1) for role in held.roles]
         if held.roles[0] in "qkv":
             of = sizes.heads_of(held)
-            if of is None or source.shape[0] != len(of) * sizes.head_dim:
+            turned = held.mixed and held.kind == "weight" and sizes.model in CONV1D
+            if of is None or source.shape[turned] != len(of) * sizes.head_dim:
                 return None
-            heads = of
+            # A matrix that is turned is read for each of its parts: no head of it is ever stored by itself.
+            heads = of if sizes.model not in CONV1D else heads
         keys = tuple((held.module, held.kind, role, expert, head) for role, head in heads)
         matrix = Matrix(source, keys, turned, alternating)
         if math.prod(matrix.shape) * len(keys) != source.entries:

@@ -131,12 +131,30 @@ def one_key(_: str, tensor: torch.Tensor) -> Any:
     return tensor[:32], tensor[32:40], tensor[40:]
 
 
+def thirds(_: str, tensor: torch.Tensor) -> Any:
+    return tensor.chunk(3)
+
+
+def columns(leaf: str, tensor: torch.Tensor) -> Any:
+    """GPT-2's [in, 3 · out], as three linear layers [out, in]."""
+    return [part.T if part.dim() == 2 else part for part in tensor.chunk(3, dim=-1)]
+
+
+def key_values(_: str, tensor: torch.Tensor) -> Any:
+    return tensor[:32], tensor[32:48], tensor[48:]
+
+
 FUSED: dict[str, tuple[dict[str, Any], dict[str, tuple[str, ...]], Any]] = {
     "phi3": ({"pad_token_id": 0}, {"qkv_proj": QKV, "gate_up_proj": ("gate_proj", "up_proj")}, phi3),
     "gpt_neox": ({}, {"query_key_value": QKV}, by_head),
     "bloom": ({"n_head": 4, "n_layer": 2}, {"query_key_value": QKV}, by_head),
     "falcon, groups": ({"new_decoder_architecture": True, "num_kv_heads": 2}, {"query_key_value": QKV}, by_group),
     "falcon, one key": ({"multi_query": True, "new_decoder_architecture": False}, {"query_key_value": QKV}, one_key),
+    "gpt2": ({"n_head": 4, "n_layer": 2, "n_embd": 32}, {"c_attn": QKV}, columns),
+    "gpt_bigcode, one key": ({"n_head": 4, "n_layer": 2, "n_embd": 32, "multi_query": True}, {"c_attn": QKV}, one_key),
+    "gpt_bigcode, by head": ({"n_head": 4, "n_layer": 2, "n_embd": 32, "multi_query": False}, {"c_attn": QKV}, by_head),
+    "mpt": ({"n_heads": 4, "n_layers": 2, "d_model": 32}, {"Wqkv": QKV}, thirds),
+    "persimmon": ({}, {"query_key_value": QKV}, by_head),
     "falcon, by head": ({"multi_query": False, "new_decoder_architecture": False}, {"query_key_value": QKV}, by_head),
 }
 
@@ -157,7 +175,54 @@ def test_projections_fused_and_apart(tmp_path: Path, kind: str, ft_is: str, edit
     same, other = (fused, other) if ft_is == "fused" else (other, fused)
     ft = fine_tuned(same)
     out = outputs(tmp_path, same, other, ft, config.to_dict(), *edit)
-    assert changed(out, ft, ("qkv", "query_key_value") if ft_is == "fused" else QKV)
+    assert changed(out, ft, ("qkv", "query_key_value", "c_attn") if ft_is == "fused" else QKV)
+
+
+# Models whose code is not in transformers, or whose other parts do not matter: the tensor, and how its rows are laid.
+REMOTE: dict[str, tuple[dict[str, Any], str, int, Any]] = {
+    "internlm2": ({}, "attention.wqkv", 64, by_group),
+    "qwen": ({}, "attn.c_attn", 96, thirds),
+    "baichuan": ({}, "self_attn.W_pack", 96, thirds),
+    "dbrx": ({"n_heads": 4, "attn_config": {"kv_n_heads": 2}}, "norm_attn_norm.attn.Wqkv", 64, key_values),
+    "chatglm": (
+        {"multi_query_attention": True, "multi_query_group_num": 2, "kv_channels": 8},
+        "self_attention.query_key_value",
+        64,
+        key_values,
+    ),
+}
+
+
+@pytest.mark.parametrize("ft_is", ["fused", "apart"])
+@pytest.mark.parametrize("kind", REMOTE)
+def test_projections_of_models_outside_transformers(tmp_path: Path, kind: str, ft_is: str) -> None:
+    more, module, rows_, split = REMOTE[kind]
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "model_type": kind}
+    sizes |= {"num_key_value_heads": 2} if kind == "internlm2" else {}
+    torch.manual_seed(0)
+    fused: Tensors = {"model.embed_tokens.weight": torch.randn(64, 32)}
+    for layer in range(2):
+        name = f"model.layers.{layer}.{module}"
+        fused |= {f"{name}.weight": torch.randn(rows_, 32), f"{name}.bias": torch.randn(rows_)}
+    other = apart(fused, {module.rpartition(".")[2]: QKV}, split)
+    same, other = (fused, other) if ft_is == "fused" else (other, fused)
+    ft = fine_tuned(same)
+    out = outputs(tmp_path, same, other, ft, {**sizes, **more}, *EDITS[1])
+    assert changed(out, ft, (module.rpartition(".")[2],) if ft_is == "fused" else QKV)
+
+
+def test_a_fused_projection_of_an_unknown_layout_is_refused(tmp_path: Path) -> None:
+    fused = {
+        "model.embed_tokens.weight": torch.randn(64, 32),
+        "model.layers.0.attn.qkv_proj.weight": torch.randn(96, 32),
+    }
+    other = apart(fused, {"qkv_proj": QKV}, thirds)
+    config = {"hidden_size": 32, "num_attention_heads": 4, "model_type": "codegen"}
+    write_checkpoint(tmp_path / "pre", other, config=config)
+    write_checkpoint(tmp_path / "ft", fused, config=config)
+    code, _, err = call("magnitude", "--pre", "pre", "--ft", "ft", "--sparsity", "0.5", cwd=tmp_path)
+    assert code == 1
+    assert "qkv_proj" in err
 
 
 @pytest.mark.parametrize("edit", EDITS)
