@@ -6,8 +6,9 @@ those that are surely dominated, where another keeps more of the task and forget
 beyond the limit. "Surely" is a one-sided t-test at 5% that is divided by the number of comparisons of the round.
 Along one number of a method neighbours inform each other: the half that goes on is chosen by smoothed scores.
 
-A model that is just within a limit cannot be proved to be within it. So those that go on are taken in turn from three
-orders of merit: with the limit as it is, and drawn in by as much as a proof will need.
+A model that is just within a limit cannot be proved to be within it, and on a few items one that is well within it may seem to
+be beyond. So those that go on are taken in turn from several orders of merit: with the limit as it is, drawn in by as much as a
+proof will need, and, while there are many, eased by what chance may have done.
 
 Nothing here proves anything of the winner, since it was chosen on these items: `surgery.comparison.proof` does, on
 others.
@@ -31,6 +32,8 @@ from surgery.text import share
 FINALISTS = 4
 # By how many standard errors of the proof the limit is drawn in: 1.64 for the test's level, the rest for its power.
 MARGINS = (2.5, 1.2, 0.0)
+# In the first rounds also: it is eased by one standard error of what was seen so far, which may have been bad luck.
+HOPE = -1.0
 
 
 @dataclass(frozen=True)
@@ -185,11 +188,14 @@ def sift(
     if len(fallen) == len(labels):  # nobody is within the limit: go on with those that come nearest
         fallen = {}
     smooth = np.stack([_smoothed(standings, axis.values) for axis in (lost, forgot)])
-    errors = np.stack([lost.errors(), forgot.errors()]) * ahead
+    errors = np.stack([lost.errors(), forgot.errors()])
     if goal.limit != "knee":
         errors[1 if goal.limit == "retention" else 0] = 0
+    margins = [margin * ahead for margin in MARGINS]
+    if keep > FINALISTS:
+        margins.append(HOPE)
     orders = []
-    for margin in MARGINS if goal.limit != "knee" else MARGINS[-1:]:
+    for margin in margins if goal.limit != "knee" else MARGINS[-1:]:
         drawn = smooth + margin * errors
         merits = {label: goal.merit(float(drawn[0, at]), float(drawn[1, at]), scale) for at, label in enumerate(labels)}
         orders.append(sorted((label for label in labels if label not in fallen), key=lambda label: -merits[label]))

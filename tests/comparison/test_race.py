@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from surgery.comparison.proof import Drop
-from surgery.comparison.race import Goal, Standing, rounds, sift
+from surgery.comparison.race import FINALISTS, Goal, Standing, rounds, sift
 
 SCALE = (0.5, 0.4)
 
@@ -59,6 +59,18 @@ def test_the_knee_is_between_both_ends() -> None:
         "knee": standing(random, 0.05, 0.06),
     }
     assert sift(field, Goal("knee"), SCALE, keep=1)[0] == ["knee"]
+
+
+def test_one_that_chance_put_just_beyond_the_limit_goes_on_while_there_are_many() -> None:
+    scatter = np.linspace(-0.2, 0.2, 9)  # a standard error of 0.046
+
+    def measured(lost: float, forgot: float) -> Standing:
+        drops = [Drop("loss", scatter - np.log1p(-value), np.zeros(9), np.ones(9)) for value in (lost, forgot)]
+        return Standing([drops[0]], [drops[1]])
+
+    field = {f"safe {step}": measured(0.1 + 0.001 * step, 0.02) for step in range(11)} | {"unlucky": measured(0.0, 0.12)}
+    assert "unlucky" in sift(field, Goal("forgetting", 0.1), SCALE, keep=6)[0]
+    assert "unlucky" not in sift(field, Goal("forgetting", 0.1), SCALE, keep=FINALISTS)[0]
 
 
 def test_where_nobody_is_within_the_limit_the_nearest_go_on() -> None:
