@@ -114,7 +114,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Search(Comparison):
-    """What `auto` found: the comparison on the items that prove, with the claim.
+    """The result of `auto`: the comparison on the items that prove, with the claim.
 
     Attributes:
         model: the winner, an edit or a model that is there; None where nothing was proved to meet the limit.

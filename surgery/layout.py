@@ -1,4 +1,4 @@
-"""What a tensor is, read off its name: its layer, its category, its side of the model, the module it belongs to.
+"""Read off a tensor's name what it is: its layer, its category, its side of the model, the module it belongs to.
 
 The only file of the project that interprets tensor names. It imports no library, so it costs nothing to load, and it
 works on names as they stand in a checkpoint, old (on the hub) or new (in memory), with or without a model's prefix.
@@ -181,7 +181,7 @@ def unit(name: str) -> str:
 
 @cache
 def module(name: str) -> str:
-    """What the unit of a tensor is called within its layer, the same in every layer; outside the stacks, the whole unit.
+    """The name of a tensor's unit within its layer, the same in every layer; outside the stacks, the whole unit.
 
     "self_attn.q_proj" for "model.layers.0.self_attn.q_proj.weight". Experts that are stored one by one share one name,
     "mlp.experts.#.up_proj".
@@ -210,7 +210,7 @@ def adapted(name: str) -> str:
 
 
 def head_beside(embedding: str) -> str:
-    """What the head that belongs to a token embedding is called."""
+    """The name of the head that belongs to a token embedding."""
     return ("language_model." if embedding.startswith("language_model.model.") else "") + "lm_head.weight"
 
 

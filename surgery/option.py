@@ -36,7 +36,7 @@ class Swept:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option beside its type and default.
+    """Facts about an option beside its type and default.
 
     Attributes:
         help: one or two sentences; may hold rich markup.

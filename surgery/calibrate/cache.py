@@ -89,7 +89,7 @@ def load(path: Path, key: Mapping[str, Any]) -> dict[str, Norm]:
 
 
 def stored_key(path: Path) -> dict[str, Any]:
-    """What the norms in a file depend on.
+    """Everything that the norms in a file depend on.
 
     Raises:
         OptionError: the file is no such file, or is damaged.

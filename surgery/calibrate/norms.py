@@ -45,7 +45,7 @@ class Room:
 
 @dataclass
 class Sums:
-    """What has been added up for one weight.
+    """The sums for one weight so far.
 
     Attributes:
         shape: the weight's.

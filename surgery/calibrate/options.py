@@ -1,4 +1,4 @@
-"""What a calibration runs on: the options of `surgery wanda`."""
+"""Options of a calibration, those of `surgery wanda`."""
 
 from __future__ import annotations
 

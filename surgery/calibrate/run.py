@@ -95,7 +95,7 @@ def _input_norms(
 
 
 def _magnitude_notes(job: Job, norms: dict[str, Norm]) -> list[str]:
-    """What is pruned by |Δ| alone, for the report."""
+    """Name the tensors that are pruned by |Δ| alone, for the report."""
     pruned = [step.ft.name for step in job.steps if isinstance(step.action, PruneRows)]
     bare = [name for name in pruned if name not in norms]
     unseen = [name for name in pruned if name in norms and not np.all(norms[name].tokens)]

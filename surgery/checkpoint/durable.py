@@ -1,4 +1,4 @@
-"""What makes a write safe: locks, syncs, and an operating system's errors as sentences."""
+"""Safe writes: locks, syncs, and an operating system's errors as sentences."""
 
 from __future__ import annotations
 

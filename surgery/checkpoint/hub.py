@@ -1,4 +1,4 @@
-"""What the user typed -> a local folder: a path as it stands, or a hub repository fetched into the hub's own cache.
+"""Turn what the user typed into a local folder: a path as it stands, or a hub repository fetched into the hub's own cache.
 
 An existing path always wins, so `./ft@v1` and a folder named like a hub id are never looked up. Of a repository only
 one set of weights, config.json and, for the fine-tuned side, the small files a loader needs are fetched.

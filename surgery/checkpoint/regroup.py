@@ -44,7 +44,7 @@ SCATTERED = ("codegen",)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What config.json says of how projections lie in a tensor; 0 for a number that it does not say."""
+    """How projections lie in a tensor, by config.json; 0 for a number that it does not state."""
 
     model: str = ""
     hidden: int = 0

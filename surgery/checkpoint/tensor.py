@@ -35,7 +35,7 @@ class Handle(Protocol):
 
 
 class Data(Protocol):
-    """What holds a tensor's numbers."""
+    """Where a tensor's numbers are."""
 
     @property
     def path(self) -> Path:

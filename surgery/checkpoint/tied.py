@@ -24,13 +24,13 @@ HEADED = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """What config.json says, in the part of the text model too; None where it does not say."""
+    """Whether config.json ties the head, in the part of the text model too; None where it does not say."""
     said = [part[KEY] for part in (*_parts(config), config) if isinstance(part.get(KEY), bool)]
     return any(said) if said else None
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What config.json says of the text model by itself."""
+    """The parts of config.json that describe the text model by itself."""
     parts = (config.get(name) for name in TEXT)
     return [part for part in parts if isinstance(part, Mapping)]
 

@@ -51,7 +51,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Searching:
-    """What is tried, and for how long."""
+    """The methods that are tried, and for how long."""
 
     method: str | None = option(None, help="Only these methods, with commas between.", shown="all", panel=SEARCH)
     time: float | None = option(

@@ -63,7 +63,7 @@ def command(
 
 
 def _annotation(one: Declared) -> Any:
-    """What typer shall make of an option."""
+    """The typer option for an option."""
     option = one.option
     words: dict[str, Any] = {"help": option.help, "rich_help_panel": option.panel, "metavar": option.metavar}
     if option.shown is not True or one.default is MISSING or one.default is None:

@@ -30,7 +30,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Replace:
-    """What may be replaced."""
+    """Whether an output may be replaced."""
 
     force: bool = option(False, help="Replace an earlier task vector at the output.")
 
@@ -47,7 +47,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Written:
-    """What surgery wrote, and what it was made from."""
+    """An output of surgery, and the models that it was made from."""
 
     folder: Path = option(help="A checkpoint that surgery wrote.", argument=True)
     pre: str | None = option(None, help="The pre-trained model that it was made from.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured, and where it goes."""
+    """Options of `diff`: what is measured, and where it goes."""
 
     pre: str = option(help=PRE)
     ft: str = option(help=f"{FT[:-1]}, or what surgery made of one.")

@@ -132,7 +132,7 @@ def found(job: Job, values: Mapping[str, Any], device: str, allow_nonfinite: boo
 
 
 def _goal(values: Mapping[str, Any]) -> Goal:
-    """What the search has to meet.
+    """The goal of the search.
 
     Raises:
         OptionError: the limit is no share.

@@ -40,7 +40,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the winner has to be."""
+    """The limit that the winner has to meet."""
 
     max_forgetting: float | None = option(
         None,
@@ -54,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Checks:
-    """What an edit is to let pass."""
+    """Checks that an edit makes, or lets pass."""
 
     allow_nonfinite: bool = option(False, help="Let NaN and Inf of edited tensors pass.")
     strict: bool = option(False, help="Refuse tensors or vocabulary rows that only one side has.")
@@ -62,7 +62,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an edit runs on."""
+    """The device and the threads of an edit."""
 
     device: str = option(
         "auto",

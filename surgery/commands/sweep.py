@@ -30,7 +30,7 @@ TEXT = ("calibration", "samples", "norms")
 
 @dataclass(frozen=True)
 class Methods:
-    """What is tried."""
+    """The methods that are tried."""
 
     method: str = option("fapm,magnitude,hma", help=f"{', '.join(METHODS)}: one, or several with commas.")
 
@@ -82,7 +82,7 @@ def _words(one: Declared, having: Sequence[type]) -> Option:
 
 
 def _of(kinds: Sequence[type]) -> str:
-    """Whose an option is: "Of fapm, magnitude and wanda"; one that is no method's is of those that are calibrated."""
+    """Name the methods that have an option: "Of fapm, magnitude and wanda"; one of none is of those that are calibrated."""
     named = [str(kind.name) for kind in kinds if hasattr(kind, "name")]
     *names, last = named or [kind.name for kind in METHODS.values() if kind.calibrated]
     return f"Of {', '.join(names)} and {last}" if names else f"Of {last}"

@@ -57,7 +57,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Found:
-    """What the search found.
+    """The result of a search.
 
     Attributes:
         document: what results.json holds.
@@ -145,7 +145,7 @@ class Search:
         self.scale = self._scale()
 
     def _scale(self) -> tuple[float, float]:
-        """What pre lacks of the task, and ft of general ability, on the half that is for choosing.
+        """Measure what pre lacks of the task, and ft of general ability, on the half that is for choosing.
 
         Raises:
             OptionError: pre lacks nothing, so that there is no trade-off.
@@ -240,7 +240,7 @@ class Search:
         return p_beyond(self._limited(self.field.proved_standing(self.field.courses[label])), self.goal.most)
 
     def _safety(self, standing: Standing) -> tuple[bool, float]:
-        """What the safest has most of: being within the limit, by most standard errors; beyond it, the smallest excess."""
+        """A key, largest for the safest: within the limit, by most standard errors; beyond it, by the smallest excess."""
         value, error = mean_drop(self._limited(standing))
         room = self.goal.most - value
         return room > 0, room / max(error, 1e-12) if room > 0 else room
@@ -309,12 +309,13 @@ class Search:
                 for name, places in prove.items()
             },
             "evaluations": self.field.spent,
+            "seconds_of_one": self.field.seconds,
             "candidates": [self._line(course) for course in self.field.courses.values()],
         }
         return made
 
     def _line(self, course: Course) -> dict[str, Any]:
-        """What the race shows of a candidate."""
+        """One candidate's line in the document."""
         kept = forgot = None
         if course.seen:
             names = self.field.seen(course)

@@ -1,4 +1,4 @@
-"""What `surgery auto` tries on a pair: every method of the registry at the settings that it declares, variants, and combinations.
+"""The candidates of `surgery auto`: every method of the registry at the settings that it declares, variants, and combinations.
 
     settings       each method over its own grids, the random ones with several seeds
     linear         a pruning method on attention and feed-forward alone, embedding and head staying ft's
@@ -163,7 +163,7 @@ def _settings(kind: type[Method]) -> Iterator[Method]:
 
 
 def _waiting(methods: Sequence[Method]) -> dict[str, tuple[str, ...]]:
-    """What settings wait for: every second one along a line for those beside it, a variant for the plain one nearest to it."""
+    """Find what settings wait for: every second one on a line for those beside it, a variant for the nearest plain one."""
     found: dict[str, tuple[str, ...]] = {}
     for kind in dict.fromkeys(map(type, methods)):
         own = [method for method in methods if type(method) is kind]

@@ -25,7 +25,7 @@ Names = Mapping[str, list[int]]
 
 
 class Scorer(Protocol):
-    """What scores models: a bench, or what has their scores already."""
+    """Scores models: a bench, or an object that has their scores already."""
 
     def fingerprint(self, subject: Subject) -> str:
         """The fingerprint of a model's weights."""
@@ -44,7 +44,7 @@ class Halves:
 
 @dataclass
 class Course:
-    """What became of a candidate."""
+    """The way of a candidate through the race."""
 
     candidate: Candidate
     seen: dict[str, Scores] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class Field:
 
     @property
     def seconds(self) -> float:
-        """What it takes to score one model on all items, from what was seen so far: ft's scores may have been kept."""
+        """Seconds to score one model on all items, estimated from what was seen so far: ft's scores may have been kept."""
         return max(self._alone, self._busy / self._raced) if self._raced else self._alone
 
     def _part(self, names: Names) -> float:
@@ -225,7 +225,7 @@ class Field:
         return [Drop.between(own[one.name], self.pre.scores[one.name].at(names[one.name])) for one in self.general]
 
     def _lost(self, task: Measure, own: Scores, places: Sequence[int]) -> Drop:
-        """What a model lost of ft's score on a task, as a share of what ft scores on the whole first half.
+        """The loss of a model on a task against ft, as a share of what ft scores on the whole first half.
 
         On a few items ft may have nothing right.
         """

@@ -21,7 +21,7 @@ EXACT = 10**15  # whole numbers up to here are floats, too
 
 
 def axis_of(kind: type[Method]) -> str:
-    """What the main number of a method is called on a chart."""
+    """The name of a method's main number on a chart."""
     swept = main_option(kind).option.swept
     return swept.axis if swept else ""
 
@@ -141,7 +141,7 @@ def label(method: Method) -> str:
 
 
 def line(method: Method) -> tuple[Any, ...] | None:
-    """What settings have in common that differ in their main number alone; None where that is several numbers."""
+    """A key that settings share which differ in their main number alone; None where that is several numbers."""
     main, *_ = swept_options(type(method))
     value = value_of(method, main.name)
     if isinstance(value, tuple) and len(value) > 1:

@@ -34,7 +34,7 @@ Candidate = TypeVar("Candidate")
 
 @dataclass(frozen=True, eq=False)
 class Drop:
-    """What one measure says of how much worse a model is than a reference, item by item.
+    """How much worse a model is than a reference on one measure, item by item.
 
     The drop is 0 for the reference itself and rises as the model gets worse. For a loss or a divergence it is the share of the
     likelihood that is lost, 1 − exp(reference − own); for a share it is reference − own, or 1 − own / reference where `relative`.

@@ -38,7 +38,7 @@ HOPE = -1.0
 
 @dataclass(frozen=True)
 class Goal:
-    """What the winner must be.
+    """The limit that the winner must meet, and what is made best within it.
 
     Attributes:
         limit: "forgetting", of which there may be `bound` at most, and most retention wins; "retention", of which there must be
@@ -119,7 +119,7 @@ def parse_goal(text: str) -> Goal:
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """What is known of a candidate so far.
+    """The scores of a candidate so far, as drops.
 
     Attributes:
         lost: one drop from ft for each task.

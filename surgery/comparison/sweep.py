@@ -110,7 +110,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
         document: what results.json holds: of the settings that were done, with "stopped" after Ctrl-C and the "choice".

@@ -1,4 +1,4 @@
-"""What a search for the best model found, and what it would take, in plain words."""
+"""The result of a search for the best model, and what a better one would take, in plain words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.text import share
 
 
 def success(goal: Goal, row: Mapping[str, Any], items: int, p: float | None, scale: tuple[float, float]) -> str:
-    """What the winner is.
+    """Describe the winner.
 
     Args:
         row: its row of the comparison, on items that nothing was chosen on.
@@ -35,7 +35,7 @@ def success(goal: Goal, row: Mapping[str, Any], items: int, p: float | None, sca
 
 
 def failure(goal: Goal, label: str, p: float, drops: Sequence[Drop]) -> str:
-    """What came nearest to a limit that nothing was proved to hold, and what it would take.
+    """Describe the model nearest to a limit that none was proved to hold, and what a proof would take.
 
     Args:
         label: of the nearest.

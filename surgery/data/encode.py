@@ -96,7 +96,7 @@ def prompt_ids(
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **options: Any) -> Any:
-    """What the tokenizer's `apply_chat_template` gives, within a limit of time: a template is a program of somebody else's.
+    """Call the tokenizer's `apply_chat_template` within a limit of time: a template is a program of somebody else's.
 
     Raises:
         OptionError: it took too long.

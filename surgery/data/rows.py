@@ -65,7 +65,7 @@ PREFERENCES = {"preferences": ("prompt", "chosen", "rejected"), "chat preference
 
 @dataclass(frozen=True)
 class Data:
-    """What a file holds.
+    """The rows of a file.
 
     Attributes:
         kind: the format, for people.
@@ -95,7 +95,7 @@ class Data:
         return any(isinstance(value, list) for value in self.rows[0].values())
 
     def sentence(self) -> str:
-        """What was found, in a line."""
+        """Summarise the rows in a line."""
         count = self.long + sum(len(row["answers"]) if "answers" in row else 1 for row in self.rows)
         answers = f", {count:,} answers" if count != self.records else ""
         if self.drawn:
@@ -223,7 +223,7 @@ def _rows(where: str, record: Mapping[str, Any], kind: str, fields: tuple[str, .
 
 
 def _before(where: str, record: Mapping[str, Any], preamble: str) -> str:
-    """What stands before an instruction: the system prompt in place of Alpaca's own, and the earlier turns."""
+    """The text before an instruction: the system prompt in place of Alpaca's own, and the earlier turns."""
     system, history = text(where, "system", record.get("system") or ""), record.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
     if not pairs:
@@ -267,7 +267,7 @@ def _answers(where: str, name: str, value: Any, tools: Any, whole: bool) -> list
 
 
 def _tools(where: str, tools: Any) -> str:
-    """What the assistant may call, as JSON: a list of objects."""
+    """The tools that the assistant may call, as JSON: a list of objects."""
     try:
         found = json.loads(tools) if isinstance(tools, str) else tools
     except ValueError:

@@ -47,7 +47,7 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What `prune` did with a chunk: the distance of ft from pre, ΣΔ² over the kept entries, how many of these have Δ ≠ 0, and
+    """Results of `prune` on a chunk: the distance of ft from pre, ΣΔ² over the kept entries, how many of these have Δ ≠ 0, and
     how many there are.
     """
 

@@ -1,4 +1,4 @@
-"""What an engine measured while it edited one tensor."""
+"""Measurements that an engine takes while it edits one tensor."""
 
 from __future__ import annotations
 

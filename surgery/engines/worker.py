@@ -1,4 +1,4 @@
-"""What one thread of the CPU engine works with: its buffers, and where it reports."""
+"""The buffers of one thread of the CPU engine, and where it reports."""
 
 from __future__ import annotations
 

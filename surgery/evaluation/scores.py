@@ -1,4 +1,4 @@
-"""What a measure found on a model, item by item, and what can be said of it: the score, its interval, and a paired test.
+"""Scores of a model on a measure, item by item, and what follows from them: the mean, its interval, and a paired test.
 
     share         each item is right or wrong, or between: 0 to 1, higher is better (accuracy, exact match, ROUGE-L)
     loss          mean negative log-likelihood per token, in nats
@@ -126,7 +126,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Transitions:
-    """What a mean hides: items that were right and are wrong now (1→0), and the other way round (0→1; arXiv 2510.17776).
+    """Changes that a mean hides: items that were right and are wrong now (1→0), and the other way round (0→1; arXiv 2510.17776).
 
     Attributes:
         lost: of the items that the base model got right, the share that this one gets wrong; None where there is none.

@@ -204,7 +204,7 @@ def _made(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any] | None, li
 
 
 def _described(report: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None, list[str] | None]:
-    """What an edit's report says of it, which may be anything."""
+    """Read an edit's report, which may hold anything."""
     return _text(report.get("method")), _numbers(report.get("parameters")), _words(report.get("command"))
 
 

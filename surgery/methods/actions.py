@@ -1,4 +1,4 @@
-"""What can happen to one tensor. A method's plan gives each tensor of a pair one of these; an engine carries them out."""
+"""Actions on one tensor. A method's plan gives each tensor of a pair one of these; an engine carries them out."""
 
 from __future__ import annotations
 

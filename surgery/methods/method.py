@@ -1,4 +1,4 @@
-"""What the streaming loop and the command line know of a method, and what all methods have in common."""
+"""The interface of a method to the streaming loop and the command line, and what all methods have in common."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from surgery.model.likelihood import PIECE, Head, Pair, batches, check_ids, logi
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """What a base model predicts on some texts.
+    """A base model's predictions on some texts.
 
     Attributes:
         pairs: the texts: a context, and the tokens that are predicted.

@@ -19,7 +19,7 @@ TAIL = 16  # tokens in which the stop is looked for
 def generate(
     model: LanguageModel, prompts: Sequence[list[int]], most: int, stop: str | None, advance: Advance
 ) -> tuple[list[str], int]:
-    """What a model answers, each token the likeliest.
+    """Generate a model's answers, each token the likeliest.
 
     Prompts are put into batches of about the same length, padded on the left and masked, so that the answers do not depend on the
     batch but where two tokens are equally likely. One that leaves no room for `most` tokens is cut from the left.
@@ -75,7 +75,7 @@ def generate(
 def sample(
     model: LanguageModel, prompts: Sequence[list[int]], most: int, seed: int, advance: Advance
 ) -> list[list[int]]:
-    """What a model writes of its own accord: each token drawn with the probability that the model gives it (temperature 1).
+    """Let a model write of its own accord: each token is drawn with the probability that the model gives it (temperature 1).
 
     Args:
         prompts: token ids, at least one each.

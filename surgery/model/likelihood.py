@@ -217,7 +217,7 @@ def _chosen(logits: torch.Tensor, at: Places) -> torch.Tensor:
 
 
 def _going_on(net: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> dict[str, Any]:
-    """What to call a model with for the tokens that follow those in the cache.
+    """Arguments of a call for the tokens that follow those in the cache.
 
     Args:
         ids: int64 [texts, length].
@@ -277,7 +277,7 @@ def logits_of(model: LanguageModel, pairs: Sequence[Pair], other: Head | None = 
 
 
 def states_of(model: LanguageModel, pairs: Sequence[Pair]) -> torch.Tensor:
-    """What enters the head where each token of the continuations is predicted, [tokens, width]; see `logits_of`."""
+    """Inputs of the head where each token of the continuations is predicted, [tokens, width]; see `logits_of`."""
     arguments, at = _arguments(model, pairs)
     seen: list[torch.Tensor] = []
     with _at_head(model, at, seen=seen):
@@ -297,7 +297,7 @@ class Places:
 
 
 def _arguments(model: LanguageModel, pairs: Sequence[Pair]) -> tuple[dict[str, Any], Places]:
-    """What to call the model with, and where each token is predicted: where the one before it stands."""
+    """Arguments of a call, and where each token is predicted: where the one before it stands."""
     texts = [(context + continuation)[:-1] for context, continuation in pairs]
     counts = [len(continuation) for _, continuation in pairs]
     ids, mask = padded(texts)

@@ -1,4 +1,4 @@
-"""What transformers finds beside the weights in a folder: the tokenizer, and what the configuration says of a model's limits.
+"""Read what lies beside the weights in a folder: the tokenizer, and the limits that the configuration states.
 
 Code that comes with a model is never run.
 """

@@ -139,7 +139,7 @@ def _model_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 
 def call_arguments(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
-    """What to call the model with for a batch of samples, int64 [samples, length].
+    """Arguments of a call for a batch of samples, int64 [samples, length].
 
     An encoder-decoder reads the first half of each sample and writes the second, so that both sides see text of their kind.
     """

@@ -262,7 +262,7 @@ class Weights:
         return torch.empty(self.checkpoint.tensors[name].shape, device="meta")
 
     def _absent(self, name: str) -> torch.Tensor:
-        """What stands in a module while its parameter is not loaded: one NaN that has the parameter's shape, type and device.
+        """A stand-in for a parameter that is not loaded: one NaN that has the parameter's shape, type and device.
 
         Models ask for all three before they call the module. `Recorder` refuses to compute with it.
         """

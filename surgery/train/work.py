@@ -54,7 +54,7 @@ class Work:
 
     @property
     def result(self) -> Path:
-        """What becomes the output."""
+        """The folder that becomes the output."""
         return self.folder / "result"
 
     def __enter__(self) -> Work:

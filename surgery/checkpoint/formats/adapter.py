@@ -80,7 +80,7 @@ def _stored(weights: Path) -> dict[str, Tensor]:
 
 
 def _sort(weights: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, Parts], Parts]:
-    """What is added to each module, by kind ("lora_A", "lora_B.bias", …), and the tensors stored as a whole."""
+    """The factors of each module, by kind ("lora_A", "lora_B.bias", …), and the tensors stored as a whole."""
     parts: dict[str, Parts] = {}
     whole: Parts = {}
     for key, tensor in stored.items():
@@ -248,7 +248,7 @@ class _Reading:
         return single_experts(self.base.tensors)
 
     def _changes(self, module: str, parts: Mapping[str, Parts]) -> Iterator[_Change]:
-        """What the factors of one module change."""
+        """The changes that the factors of one module make."""
         of_module, plain = parts[module], WRAPPED.sub("", module)
         if "trainable_tokens_delta" in of_module:
             yield _Change(f"{plain}.weight", partial(self.fit.rows, plain, of_module), tokens=True)
@@ -271,7 +271,7 @@ class _Reading:
             yield _Change(f"{module}.bias", partial(self.fit.bias, module, of_module["lora_B.bias"]))
 
     def _others(self, module: str, parts: Parts) -> Iterator[_Change]:
-        """What an adapter of another type than LoRA changes."""
+        """The changes that an adapter of another type than LoRA makes."""
         make = {
             "ADALORA": self.fit.adaptive,
             "IA3": self.fit.multiplied,
@@ -308,7 +308,7 @@ def single_experts(tensors: Mapping[str, Tensor]) -> Experts:
 
 
 def replaced(weights: Path, tensor: Tensor, before: Tensor) -> Tensor:
-    """What the adapter stores as a whole, in the base's type."""
+    """The tensors that the adapter stores as a whole, in the base's type."""
     if tensor.dtype == before.dtype:
         return replace(tensor, name=before.name)
     if not (tensor.is_float and before.is_float):

@@ -1,4 +1,4 @@
-"""What a format is: how its files are found in a folder, and how they are opened."""
+"""The interface of a format: how its files are found in a folder, and how they are opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter makes of one tensor, computed while the tensor is read.
+"""One tensor with an adapter on it, computed while the tensor is read.
 
     LoRA    W' = W + s · B·A                              (Hu et al., arXiv 2106.09685, Eq. 3)
     DoRA    W' = m · (W + s · B·A) / ‖W + s · B·A‖        (Liu et al., arXiv 2402.09353, Eq. 5; a norm for each output)
@@ -61,7 +61,7 @@ class Step(Protocol):
 
 
 class Change(Protocol):
-    """What happens to a weight."""
+    """A change of a weight."""
 
     def open(self) -> Step:
         """Read what it needs."""
@@ -266,7 +266,7 @@ class Computed:
 
 
 class OpenComputed:
-    """What a change needs in memory, and the tensor that it is made to opened for reading."""
+    """The parts of a change in memory, and the tensor that it is made to opened for reading."""
 
     def __init__(self, data: Computed) -> None:
         self.step = data.change.open() if data.change else None

@@ -1,4 +1,4 @@
-"""What is added to a weight, s · B·A and its like, computed part by part from small factors.
+"""Changes of a weight, s · B·A and its like, computed part by part from small factors.
 
 BLAS does not promise that the bits of an entry of B·A do not depend on which others are asked for with it. So an entry is summed
 here, over r in order, by fused multiply-adds; a BLAS that keeps this order gives the same bits. A step is done in float64, where
@@ -100,7 +100,7 @@ class Loaded(Protocol):
 
 
 class Delta(Protocol):
-    """What is added to a weight."""
+    """A change that is added to a weight."""
 
     def load(self) -> Loaded:
         """Read what it is computed from."""

@@ -45,7 +45,7 @@ Parts = dict[Path, dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """What `params.json` says of the shapes; `vocabulary` is -1 where it leaves that to the tokenizer."""
+    """The shapes that `params.json` states; `vocabulary` is -1 where it leaves that to the tokenizer."""
 
     width: int
     layers: int

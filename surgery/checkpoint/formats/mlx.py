@@ -88,7 +88,7 @@ def _changes(
     tensors: Mapping[str, Tensor],
     scale: float,
 ) -> list[tuple[str, lora.Change]]:
-    """What the factors of one module change: names of the base's tensors, each with its change."""
+    """The changes that the factors of one module make: names of the base's tensors, each with its change."""
     key = f"{module}.weight"
     if not {"a", "b"} <= parts.keys() or not all(tensor.is_float for tensor in parts.values()):
         raise CheckpointError(f"{weights}: {module} has no pair of lora_a and lora_b. Save the adapter again.")

@@ -33,7 +33,7 @@ MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one safetensors file holds: tensors in the order of their data, and the free-form metadata."""
+    """The content of one safetensors file: tensors in the order of their data, and the free-form metadata."""
 
     path: Path
     tensors: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""What is added to a weight where no part of it can be computed by itself: the weight, or what is added, is in memory as a whole.
+"""Changes of a weight of which no part can be computed by itself: the weight, or the change, is in memory as a whole.
 
     PiSSA   W − s · B₀·A₀ with B₀·A₀ of the r largest singular values of W     (Meng et al., arXiv 2404.02948, Eqs. 2–4)
     OLoRA   W − s · B₀·A₀ with B₀ = Q[:, :r], A₀ = R[:r], W = Q·R                (Büyükakyüz, arXiv 2406.01775)

@@ -89,7 +89,7 @@ def _eight_bits(stored: Stored, codes: Tensor) -> Made:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What bitsandbytes says of a 4-bit tensor beside its numbers; `nested_block` is 0 without double quantization."""
+    """The state that bitsandbytes stores beside a 4-bit tensor; `nested_block` is 0 without double quantization."""
 
     shape: tuple[int, ...]
     dtype: str

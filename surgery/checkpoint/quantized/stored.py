@@ -1,4 +1,4 @@
-"""What every scheme of quantization shares: the stored tensors of a checkpoint, and tensors that are computed from codes.
+"""Parts that every scheme of quantization shares: the stored tensors of a checkpoint, and tensors computed from codes.
 
 A scheme is a function that takes `Stored` and returns `Made`. Shapes and types are checked there, from headers; the numbers are
 computed a slab at a time, while they are read.

@@ -1,4 +1,4 @@
-"""What the page says of a search: the claim with its tests, and what became of each candidate."""
+"""The part of the page about a search: the claim with its tests, and what became of each candidate."""
 
 from __future__ import annotations
 

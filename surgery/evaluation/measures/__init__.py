@@ -1,4 +1,4 @@
-"""What a user names -> what is measured: files of text, questions or sentences, and tasks of lm-evaluation-harness.
+"""Turn what a user names into measures: files of text, questions or sentences, and tasks of lm-evaluation-harness.
 
     self                                            divergence on text that the base model writes
     .txt, or records with "text"                    perplexity
