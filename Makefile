@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint results clean
 
 demo: $(VENV)/.installed
 	rm -rf build/demo
@@ -21,6 +21,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt surgery/kernels.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# make results PAIR=pair DATA=data: docs/results.md's tables of `surgery auto`; it goes on from where it was stopped.
+results: $(VENV)/.installed
+	$(BIN)/python benchmarks/results.py --pre $(PAIR)/pre --ft $(PAIR)/ft --data $(DATA) --out build/results
 
 clean:
 	rm -rf $(VENV) build surgery/_kernels*.so *.egg-info

@@ -68,7 +68,9 @@ def test_one_that_chance_put_just_beyond_the_limit_goes_on_while_there_are_many(
         drops = [Drop("loss", scatter - np.log1p(-value), np.zeros(9), np.ones(9)) for value in (lost, forgot)]
         return Standing([drops[0]], [drops[1]])
 
-    field = {f"safe {step}": measured(0.1 + 0.001 * step, 0.02) for step in range(11)} | {"unlucky": measured(0.0, 0.12)}
+    field = {f"safe {step}": measured(0.1 + 0.001 * step, 0.02) for step in range(11)} | {
+        "unlucky": measured(0.0, 0.12)
+    }
     assert "unlucky" in sift(field, Goal("forgetting", 0.1), SCALE, keep=6)[0]
     assert "unlucky" not in sift(field, Goal("forgetting", 0.1), SCALE, keep=FINALISTS)[0]
 

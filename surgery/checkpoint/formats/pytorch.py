@@ -161,13 +161,8 @@ def _check_kind(path: Path, archive: zipfile.ZipFile) -> None:
                 raise CheckpointError(f"{path}: was saved on a big-endian machine. Save it again on another.")
 
 
-<<<<<<< HEAD
 def _load(path: Path, part: BinaryIO | None = None) -> Any:
-    """What the file, or a part of it, holds, its tensors without numbers."""
-=======
-def _load(path: Path) -> Any:
-    """The content of the file, its tensors without numbers."""
->>>>>>> 1286725 (Docstrings say what a thing does or is; a script measures log-likelihoods beside lm-evaluation-harness)
+    """The content of the file, or of a part of it, its tensors without numbers."""
     import torch
 
     with warnings.catch_warnings(), _without_numbers():
