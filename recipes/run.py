@@ -177,7 +177,8 @@ def beside(recipe: dict[str, Any], folder: Path) -> Table:
     measures = [(one["name"], recipe["scale"] if one["kind"] == "share" else 1) for one in document["measures"]]
     found = {row["label"]: row for row in document["rows"]}
     table = Table("", *recipe["columns"], title="here (in the paper)")
-    for label, numbers in recipe["rows"].items():
+    rows = dict.fromkeys(found, [None] * len(measures)) | recipe["rows"]
+    for label, numbers in rows.items():
         cells = []
         for number, (measure, scale) in zip(numbers, measures, strict=True):
             score = found[label]["scores"][measure]["value"] if label in found else None
