@@ -31,9 +31,11 @@ PREFIX = "base_model.model."
 # peft names the adapter in a model's own state dict ("lora_A.default.weight"), and leaves the name out where it saves.
 PART = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|(?:token_adapter\.)?trainable_tokens_delta"
-    r"|ia3_l|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
+    r"|ia3_l|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|vera_lambda_[bd]|fourierft_spectrum)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
+# What all modules have in common: of VeRA, which peft saves once.
+SHARED = re.compile(r"(?:base_model\.)?(?P<kind>vera_[AB])")
 UNKNOWN = re.compile(r"\.lora_|\.ia3_|\.hada_|\.lokr_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.")
 # Of a vocabulary with more rows peft stores the saved modules twice more, under its wrapper's names.
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")
@@ -44,7 +46,14 @@ SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 # Parts by the type of adapter.
 LORA = {"lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
-STARTS = {"ADALORA": "lora_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_"}
+STARTS = {
+    "ADALORA": "lora_",
+    "IA3": "ia3_",
+    "LOHA": "hada_",
+    "LOKR": "lokr_",
+    "VERA": "vera_",
+    "FOURIERFT": "fourierft_",
+}
 Read = Callable[[Path, Path, Base], dict[str, Tensor]]
 Parts = dict[str, Tensor]
 Experts = dict[tuple[str, str, int], str]  # module, projection, number of the expert -> name of the tensor
@@ -83,6 +92,7 @@ def _sort(weights: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, Parts]
     """The factors of each module, by kind ("lora_A", "lora_B.bias", …), and the tensors stored as a whole."""
     parts: dict[str, Parts] = {}
     whole: Parts = {}
+    shared: Parts = {}
     for key, tensor in stored.items():
         name = key.removeprefix(PREFIX)
         if match := PART.fullmatch(name):
@@ -93,13 +103,15 @@ def _sort(weights: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, Parts]
                     f"{weights}: holds several adapters ({match['adapter']} and another). Save the one you mean."
                 )
             of_module[kind] = tensor
+        elif match := SHARED.fullmatch(name):
+            shared[match["kind"]] = tensor
         elif COPY.search(name) and COPY.sub(".", key) in stored:
             continue
         elif UNKNOWN.search(name):
             raise CheckpointError(f"{weights}: {key} is no part of plain LoRA. {MERGE}")
         else:  # modules_to_save, trained biases, an embedding with more rows, or the copy of one that LoRA was added to
             whole[WRAPPED.sub("", name)] = tensor
-    return parts, whole
+    return {module: {**of_module, **shared} for module, of_module in parts.items()}, whole
 
 
 def merged(config: Path, weights: Path, base: Base) -> dict[str, Tensor]:
@@ -277,6 +289,8 @@ class _Reading:
             "IA3": self.fit.multiplied,
             "LOHA": self.fit.hadamard,
             "LOKR": self.fit.kronecker,
+            "VERA": self.fit.shared,
+            "FOURIERFT": self.fit.fourier,
         }.get(self.settings.kind)
         if make is None or not all(kind.startswith(STARTS[self.settings.kind]) for kind in parts):
             raise CheckpointError(

@@ -11,7 +11,10 @@ from typing import Any
 from surgery.checkpoint.readable import read_json
 from surgery.errors import CheckpointError
 
-MERGE = "Merge it with peft's merge_and_unload, save that, and give its folder."
+MERGE = (
+    'Merge it with `python -c "from peft import AutoPeftModelForCausalLM as M; '
+    "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\"`, and give MERGED."
+)
 # Beginnings that leave the base as it is, and those whose change of the base follows from the base alone.
 PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 PRINCIPAL = ("pissa", "olora")
@@ -36,7 +39,7 @@ NO_MERGE = (
 
 
 # Types that are read. Others are refused by their name.
-KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS")
+KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "FOURIERFT", "LN_TUNING", "TRAINABLE_TOKENS")
 
 
 def principal(values: Mapping[str, Any]) -> str | None:
@@ -103,6 +106,17 @@ class Settings:
         """s: α/r or α/√r."""
         alpha, rank = self.alpha(module), self.rank(module)
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+
+    def scaling(self) -> float:
+        """The factor of what FourierFT adds."""
+        return self._number("scaling", "", "")
+
+    def seed(self) -> int:
+        """The seed by which FourierFT drew the places of its spectrum."""
+        seed = self.values.get("random_loc_seed")
+        if type(seed) is not int or not 0 <= seed < 1 << 63:
+            raise self._damaged("random_loc_seed")
+        return seed
 
     def alpha(self, module: str) -> float:
         """α of a module."""

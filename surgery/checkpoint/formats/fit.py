@@ -12,7 +12,7 @@ import numpy as np
 from surgery.checkpoint.formats import lora, low_rank
 from surgery.checkpoint.formats.adapter_config import CONVERT, MERGE, Settings
 from surgery.checkpoint.formats.format import Base
-from surgery.checkpoint.formats.whole import Kernel, Principal
+from surgery.checkpoint.formats.whole import Fourier, Kernel, Principal
 from surgery.checkpoint.tensor import Tensor
 from surgery.checkpoint.tied import model_types
 from surgery.errors import CheckpointError
@@ -188,6 +188,43 @@ class Fit:
             transposed,
             float(np.float32(self.settings.first_rank()) + np.float32(1e-5)),
         )
+        return self._computed(before, lora.Added(delta))
+
+    def shared(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """VeRA: diag(b)·B·diag(d)·A, with A and B that all modules share and each takes its size of (arXiv 2310.11454, Eq. 2)."""
+        self._floats(module, before, *parts.values())
+        if not {"vera_A", "vera_B"} <= parts.keys():
+            raise CheckpointError(
+                f"{self.weights}: lacks vera_A and vera_B, which all its modules share: it was saved with save_projection=False. "
+                f"{MERGE}"
+            )
+        rows, columns = self._sides(module, before)
+        outs = parts["vera_lambda_b"].entries if "vera_lambda_b" in parts else 0
+        transposed = outs != rows or self._is_turned(before)
+        rows, columns = (columns, rows) if transposed else (rows, columns)
+        a, b = parts["vera_A"], parts["vera_B"]
+        self._shapes(
+            module,
+            parts,
+            {
+                "vera_lambda_b": (rows,),
+                "vera_lambda_d": (self.settings.rank(module),),
+                "vera_A": (self.settings.rank(module), max(columns, *a.shape[1:2])),
+                "vera_B": (max(rows, *b.shape[:1]), self.settings.rank(module)),
+            },
+        )
+        left = partial(low_rank.cut_rows, b, parts["vera_lambda_b"], rows, b.shape[1])
+        right = partial(low_rank.cut_rows, a, parts["vera_lambda_d"], a.shape[0], columns)
+        return self._computed(before, lora.Added(low_rank.LowRank(left, right, 1.0, transposed)))
+
+    def fourier(self, module: str, parts: Parts, before: Tensor) -> Tensor:
+        """FourierFT: the real part of a matrix whose spectrum has a few entries (Gao et al., arXiv 2405.03003, Eqs. 2–4)."""
+        spectrum = parts["fourierft_spectrum"]
+        self._floats(module, before, spectrum)
+        if len(before.shape) != 2 or len(spectrum.shape) != 1 or not 0 < spectrum.entries <= before.entries:
+            raise self._unfit(module, spectrum.shape, before)
+        transposed = bool(self.settings.values.get("fan_in_fan_out")) or self._is_turned(before)
+        delta = Fourier(spectrum, before.shape, self.settings.scaling(), self.settings.seed(), transposed)
         return self._computed(before, lora.Added(delta))
 
     def hadamard(self, module: str, parts: Parts, before: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ def scaled_rows(a: Tensor, e: Tensor) -> Floats:
     return numbers(a) * numbers(e)
 
 
+def cut_rows(a: Tensor, e: Tensor, rows: int, columns: int) -> Floats:
+    """The first rows and columns of a, each row times its number in e [rows]."""
+    return np.ascontiguousarray(numbers(a)[:rows, :columns]) * numbers(e).reshape(-1, 1)
+
+
 def one() -> Floats:
     """The factor [[1]]."""
     return np.ones((1, 1), np.float32)

@@ -3,6 +3,7 @@
     PiSSA   W − s · B₀·A₀ with B₀·A₀ of the r largest singular values of W     (Meng et al., arXiv 2404.02948, Eqs. 2–4)
     OLoRA   W − s · B₀·A₀ with B₀ = Q[:, :r], A₀ = R[:r], W = Q·R                (Büyükakyüz, arXiv 2406.01775)
     LoRA of a convolution's kernel, whose products torch sums in an order of its own
+    FourierFT  W + s · Re(F⁻¹(E))  with E sparse                                     (Gao et al., arXiv 2405.03003, Eqs. 2–4)
 
 With PiSSA and OLoRA peft takes B₀·A₀ out of the base when it loads an adapter, as it did before training.
 """
@@ -78,6 +79,35 @@ class Kernel:
         else:
             made = convolve(a.transpose(0, 1), b).transpose(0, 1)
         return LoadedKernel((made * self.scale).reshape(b.shape[0], -1).numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class Fourier:
+    """FourierFT's change of a weight: the real part of the inverse Fourier transform of a spectrum, times `scale`.
+
+    Attributes:
+        spectrum: the entries of the spectrum that are not 0.
+        shape: of the weight.
+        seed: by which torch draws where they lie.
+        transposed: the weight is stored as [in, out].
+    """
+
+    spectrum: Tensor
+    shape: tuple[int, ...]
+    scale: float
+    seed: int
+    transposed: bool
+
+    def load(self) -> LoadedKernel:
+        """Compute it, by the calls that peft makes."""
+        import torch
+
+        rows, columns = reversed(self.shape) if self.transposed else self.shape
+        places = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(self.seed))
+        dense = torch.zeros(rows, columns)
+        dense.view(-1)[places[: self.spectrum.entries]] = torch.from_numpy(numbers(self.spectrum))
+        made = torch.fft.ifft2(dense).real * self.scale
+        return LoadedKernel((made.T if self.transposed else made).contiguous().numpy())
 
 
 class LoadedKernel:

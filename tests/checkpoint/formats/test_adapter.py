@@ -277,7 +277,7 @@ def refused(made: Made, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "another method": ({"peft_type": "VERA"}, "is an adapter of type VERA, which surgery does not read. Merge it"),
+    "another method": ({"peft_type": "OFT"}, "is an adapter of type OFT, which surgery does not read. Merge it"),
     "a prompt": ({"peft_type": "PREFIX_TUNING"}, "is an adapter of type PREFIX_TUNING, which changes no weight"),
     "no method": ({"peft_type": None}, "is an adapter of type None"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq, which changes the base too"),

@@ -15,12 +15,15 @@ from helpers.checkpoints import read_checkpoint
 from helpers.families import FAMILIES, Family
 from peft import (
     AdaLoraConfig,
+    FourierFTConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
+    OFTConfig,
     PeftModel,
     TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -119,6 +122,27 @@ KINDS: dict[str, tuple[Family, dict[str, Any]]] = {
     "adalora of conv1d": (
         FAMILIES["gpt2"],
         {"config": AdaLoraConfig, "init_r": 3, "total_step": 9, "target_modules": ["c_attn", "attn.c_proj"]},
+    ),
+    "vera": (
+        FAMILIES["llama"],
+        {"config": VeraConfig, "r": 6, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
+    ),
+    "vera of conv1d": (
+        FAMILIES["gpt2"],
+        {"config": VeraConfig, "r": 6, "fan_in_fan_out": True, "target_modules": ["c_attn", "attn.c_proj"]},
+    ),
+    "fourierft": (
+        FAMILIES["llama"],
+        {"config": FourierFTConfig, "n_frequency": 40, "scaling": 9.0, "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "fourierft of conv1d": (
+        FAMILIES["gpt2"],
+        {
+            "config": FourierFTConfig,
+            "n_frequency": 40,
+            "fan_in_fan_out": True,
+            "target_modules": ["c_attn", "attn.c_proj"],
+        },
     ),
     "loha": (
         FAMILIES["llama"],
@@ -311,3 +335,24 @@ def test_the_result_computes_what_the_trained_model_computed(case: str, rows: in
     tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
     assert tied is (case in STAYS_TIED)
     assert ("lm_head.weight" in read_checkpoint(out)) is not tied
+
+
+def test_vera_without_its_projections_is_refused(tmp_path: Path) -> None:
+    made = make(tmp_path, FAMILIES["llama"], config=VeraConfig, r=6, target_modules=["q_proj"], save_projection=False)
+    with pytest.raises(CheckpointError, match="save_projection=False"):
+        _ = made.ours
+
+
+def test_the_command_that_a_refused_adapter_is_answered_with_merges_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(tmp_path, FAMILIES["llama"], config=OFTConfig, oft_block_size=4, target_modules=["q_proj"])
+    with pytest.raises(CheckpointError, match="type OFT") as refusal:
+        _ = made.ours
+    code = re.search(r'`python -c "(.*)"`', str(refusal.value))
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    exec(code[1].replace("'ADAPTER'", "'adapter'").replace("'MERGED'", "'by hand'"), {})
+    found = read_checkpoint(tmp_path / "by hand")
+    assert found.keys() == made.merged.keys()
+    assert all(torch.equal(found[name], made.merged[name]) for name in found)
