@@ -64,7 +64,7 @@ def test_a_learnt_prompt_stands_beside_the_weights(model: Path, data: Path, tmp_
         (("qlora",), "--peft qlora: it is LoRA on a model in 4 bits, which needs bitsandbytes and CUDA"),
         (("nothing",), "--peft nothing: peft has no such type. It has"),
         (("p_tuning",), "cannot be merged into the weights: add --keep-adapter"),
-        (("vera", "--keep-adapter"), "Leave --keep-adapter out"),
+        (("hra", "--keep-adapter"), "Leave --keep-adapter out"),
         (("ia3", "--l2", "1"), "give --lora RANK"),
         (("adalora", "--save-every", "1"), "--save-every cannot be had with --peft adalora"),
     ],
