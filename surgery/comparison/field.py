@@ -88,7 +88,7 @@ class Field:
         proved: the scores of those that were measured on the second half.
 
     Raises:
-        OptionError: a measure has too few items, or ft scores nothing on a task.
+        OptionError: pre and ft are the same, a measure has too few items, or ft scores nothing on a task.
         SurgeryError: pre or ft cannot be scored.
     """
 
@@ -102,6 +102,8 @@ class Field:
         seed: int,
     ) -> None:
         self.bench, self.tasks, self.general = bench, tasks, general
+        if bench.fingerprint(subjects[1]) == bench.fingerprint(subjects[0]):
+            raise OptionError("pre and ft hold the same weights, so there is nothing to repair. Check both paths.")
         self.pre = bench.score(subjects[0])
         begun = time.monotonic()
         self.ft = bench.score(subjects[1])

@@ -193,6 +193,15 @@ def test_what_is_refused(
     assert not (tmp_path / "best").exists()
 
 
+def test_two_models_that_are_the_same_are_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root, *options(root, tmp_path), "--ft", str(root / "pre")) == 1
+    assert "pre and ft hold the same weights, so there is nothing to repair" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_from_python(root: Path, tmp_path: Path) -> None:
     pair = surgery.open_pair(root / "pre", root / "ft")
     best = surgery.auto(
