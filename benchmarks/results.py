@@ -62,18 +62,19 @@ def main() -> None:
         run("wanda", *pair, *text, "--out", out / "wanda")
     both = surgery.open_pair(given.pre, given.ft)
     models: dict[str, Any] = {"auto": out / "best", "wanda": out / "wanda"}
+    slow: dict[str, Any] = {}
     for name, method in METHODS.items():
         if not method.calibrated:
-            models[name] = surgery.edit(both, name)
+            (slow if method.slow else models)[name] = surgery.edit(both, name)
         for numbers in OTHERS.get(name, []):
             edit = surgery.edit(both, name, **numbers)
             models[edit.job.method.title()] = edit
     options: dict[str, Any] = {"task": fresh, "cache": out / "cache", "batch_size": 16}
-    found = surgery.compare(both, models, general=general, **options)
+    own = surgery.compare(both, models, general="self", **options)
+    found = surgery.compare(both, models | slow, general=general, **options)
     found.write(out / "fresh")
     console = Console(width=100)
     console.print(str(found))
-    own = surgery.compare(both, models, general="self", **options)
     lines = rank_lines(found.rows, own.rows)
     with (out / "rank.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["measure", "edits", "spearman", "low", "high"], *lines])
