@@ -55,7 +55,7 @@ class Part:
 
 
 def find_part(asked: str | None) -> Part | None:
-    """What was asked for, such as "3/16", or what torchrun says in the environment; None for a process that is alone.
+    """The part that was asked for, such as "3/16", or torchrun's in the environment; None for a process that is alone.
 
     Raises:
         OptionError: it is no part, or both say something.

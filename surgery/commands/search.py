@@ -64,7 +64,7 @@ def words(method: type[Method]) -> dict[str, dict[str, Any]]:
 
 
 def asked(method: type[Method], values: dict[str, Any]) -> str | None:
-    """What the default output is called where a search is asked for; None where none is. Sets what is planned before it.
+    """The default output's name where a search is asked for; None where none is. Sets what is planned before it.
 
     Args:
         values: of the method's options and its search's.

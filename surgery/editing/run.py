@@ -58,7 +58,7 @@ def run(job: Job, **options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outstanding:
-    """What is said of a part that is done while others are not.
+    """A line about a part that is done while others are not.
 
     Attributes:
         nbytes: that the part has written.

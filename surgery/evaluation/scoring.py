@@ -1,4 +1,4 @@
-"""What models are scored on, and how: the options that `surgery compare`, `surgery sweep` and their Python functions share."""
+"""The measures that models are scored on, and how: options that `surgery compare`, `surgery sweep` and Python share."""
 
 from __future__ import annotations
 

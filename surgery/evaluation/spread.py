@@ -49,7 +49,7 @@ class Process:
 
 
 def find_process() -> Process | None:
-    """What torchrun says in the environment; None for a process that is alone."""
+    """This process's place among torchrun's; None for a process that is alone."""
     if not all(name in os.environ for name in SET) or int(os.environ["WORLD_SIZE"]) < 2:
         return None
     return Process(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

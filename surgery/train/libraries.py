@@ -1,4 +1,4 @@
-"""What the libraries say while they train: the known is left out or said in our words, and anything else is passed on, once."""
+"""Warnings of the libraries in a training: the known are left out or said in our words, and others are passed on, once."""
 
 from __future__ import annotations
 

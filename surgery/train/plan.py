@@ -1,4 +1,4 @@
-"""What a training will do, known before the first weight is read: its rounds, their rows, and what is frozen in each."""
+"""The plan of a training, known before the first weight is read: its rounds, their rows, and what is frozen in each."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def read_data(settings: Settings, name: str, observer: Observer) -> Data:
 
 
 def remembered(settings: Settings, rounds: Sequence[Round], older: Sequence[Row], number: int) -> list[Row]:
-    """What may be replayed in a round.
+    """The rows that may be replayed in a round.
 
     Args:
         older: the rows of older data.

@@ -261,7 +261,7 @@ class _Run:
         return kept
 
     def _scene(self, number: int, trainer: Sft | Dpo, rows: list[Row]) -> Scene:
-        """What the holds may look at before a round."""
+        """The view of a training that the holds have before a round."""
         from surgery.train.holds.hold import Scene
 
         model: Any = trainer.model
@@ -287,7 +287,7 @@ class _Run:
         return Scene(model, rows, memory, batch, nll, number, settings.seed + number - 1, steps)
 
     def _own_text(self) -> list[Row]:
-        """What the start model writes, where that is to be learnt; the same in each process."""
+        """Passages of the start model, where these are to be learnt; the same in each process."""
         settings = self.settings
         if not settings.own_text:
             return []
@@ -371,7 +371,7 @@ class _Run:
         return model  # type: ignore[no-any-return]
 
     def _folder(self, number: int) -> Path:
-        """What is written after a round."""
+        """The folder that the result of a round is written to."""
         return self.work.result if number == len(self.rounds) else self.work.result / f"round-{number}"
 
     def _whole(self, model: Any) -> Any:

@@ -78,7 +78,7 @@ class _Glue:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised beside or in place of the data's negative log-likelihood.
+    """A term that is minimised beside or in place of the data's negative log-likelihood.
 
     Attributes:
         name: of the loss, "nll" or one of `surgery.train.losses`.
@@ -135,7 +135,7 @@ class Sft(_Glue, SFTTrainer):  # type: ignore[misc]
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
     def _weighed(self, model: Any, loss: Loss, **inputs: Any) -> FusedCausalLMOutput:
-        """What the model says of a batch, with minus the loss of each token where its log-probability stands else."""
+        """Run the model on a batch; its output has minus the loss of each token where its log-probability stands else."""
         labels, _ = inputs.pop("labels")[:, 1:], inputs.pop("fused_lm_head")
         seen = labels != IGNORED
         found = model(**inputs)

@@ -56,7 +56,7 @@ Way = tuple[Any, ...]
 
 
 class _Record:
-    """What one object of the pickle holds."""
+    """The content of one object of the pickle."""
 
     values: Any = None
 

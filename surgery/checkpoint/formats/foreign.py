@@ -61,7 +61,7 @@ KINDS = (
 
 
 def explained(names: Collection[str], where: str) -> str | None:
-    """What a folder without weights that surgery reads is, and the way out, as two sentences; None where nothing is known.
+    """Name a folder without weights that surgery reads, and the way out, as two sentences; None where nothing is known.
 
     Args:
         names: of its files and folders.

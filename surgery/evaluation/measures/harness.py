@@ -224,7 +224,7 @@ class HarnessTask:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What goes wrong inside is the task's fault, but for what the model itself may raise."""
+    """Inside, an error is the task's fault, but for those that the model itself may raise."""
     try:
         yield
     except (SurgeryError, MemoryError, RuntimeError):
@@ -266,7 +266,7 @@ def _values(metric: Metric, samples: list[dict[str, Any]]) -> tuple[Floats, Floa
 
 
 def _item(sample: dict[str, Any]) -> dict[str, Any]:
-    """What was asked and answered."""
+    """The items of a task: the requests and the answers."""
     requests, answers, target = sample["arguments"], sample["filtered_resps"], sample["target"]
     item: dict[str, Any] = {"prompt": requests[0][0]}
     if len(requests[0]) == 1:

@@ -1,4 +1,4 @@
-"""What keeps a training near its start, as the trainer knows it: things done before a round, in a pass, and around a step."""
+"""The interface of a hold, which keeps a training near its start: it acts before a round, in a pass, and around a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Scene:
-    """What is there before the first step of a round.
+    """The state before the first step of a round.
 
     Attributes:
         model: to be trained; what is frozen in this round has no gradient. Not yet sharded.
@@ -65,5 +65,5 @@ class Hold:
         """Change the weights after the optimizer did."""
 
     def report(self) -> dict[str, Any]:
-        """What the report of a round says of it."""
+        """Its part of the report of a round."""
         return {}
