@@ -201,18 +201,21 @@ def open_checkpoint(source: Source, *, other: Checkpoint | None = None, adapters
         raise CheckpointError(f"{source.folder}: the checkpoint holds no tensor.")
     tensors, container = _unwrapped(opened.tensors, opened.container)
     if tensors is not opened.tensors:
-        first = next(name for name in opened.tensors if name not in tensors)
-        notes.append(
-            f"{first} and its like are called {unwrapped(first)} from here on: what training put before it is gone."
-        )
+        first, plain = next(pair for pair in zip(opened.tensors, tensors, strict=True) if pair[0] != pair[1])
+        notes.append(f"{first} and its like are called {plain} from here on: what training put before it is gone.")
     equipped = choice.format in ADAPTERS and companions(source.folder / choice.inside, only_known=True)
     inside = choice.inside if equipped else ""
     return Checkpoint(source, choice.format, tensors, opened.files, container, tuple(notes), inside, quantized)
 
 
 def _unwrapped(tensors: dict[str, Tensor], container: Container | None) -> tuple[dict[str, Tensor], Container | None]:
-    """Tensors under the names that transformers loads: without what torch.compile, FSDP or DDP put into them."""
+    """Tensors under the names that transformers loads: without what torch.compile, FSDP, DDP or Lightning put into them."""
     names = {name: unwrapped(name) for name in tensors}
+    plain = names.values()
+    if all(name.startswith("model.") for name in plain) and any(name.startswith("model.model.") for name in plain):
+        names = {
+            name: plain.removeprefix("model.") for name, plain in names.items()
+        }  # a LightningModule's `self.model`
     if len(set(names.values())) < len(names) or all(name == plain for name, plain in names.items()):
         return tensors, container
     renamed = {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}

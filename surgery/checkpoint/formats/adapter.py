@@ -94,6 +94,11 @@ def _sort(weights: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, Parts]
     whole: Parts = {}
     shared: Parts = {}
     for key, tensor in stored.items():
+        if tensor.shape == (0,):
+            raise CheckpointError(
+                f"{weights}: {key} is empty, a placeholder that DeepSpeed ZeRO-3 saved in place of numbers: they are not in this "
+                "file. Save it again with stage3_gather_16bit_weights_on_model_save set to true in DeepSpeed's configuration."
+            )
         name = key.removeprefix(PREFIX)
         if match := PART.fullmatch(name):
             kind = match["kind"].rpartition(".")[2] + (".bias" if match["leaf"] == "bias" else "")

@@ -27,7 +27,9 @@ class Foreign(NamedTuple):
 JOIN = "Join its pieces with `accelerate merge-weights {where} {where}-whole`, and put the model's config.json there."
 KINDS = (
     Foreign(
-        re.compile(r"(?:global_step[0-9]+|zero_to_fp32\.py|.*zero_pp_rank_[0-9]+_mp_rank_[0-9]+.*\.pt)"),
+        re.compile(
+            r"(?:global_step[0-9]+|zero_to_fp32\.py|mp_rank_[0-9]+_model_states\.pt|.*zero_pp_rank_[0-9]+_mp_rank_[0-9]+.*\.pt)"
+        ),
         "is a checkpoint of DeepSpeed ZeRO, whose weights lie in pieces ({file})",
         "Join them with `python {where}/zero_to_fp32.py {where} {where}-whole`, and give that folder, with a config.json.",
     ),
@@ -53,7 +55,7 @@ KINDS = (
         "--output_dir {where}-hf`.",
     ),
     Foreign(
-        re.compile(r".*\.(?:h5|msgpack|onnx|ckpt|pkl|npz|ot|tflite)"),
+        re.compile(r".*\.(?:h5|msgpack|onnx|pkl|npz|ot|tflite)"),
         "has {file}, which surgery does not read",
         "Load it with transformers and give what save_pretrained writes.",
     ),

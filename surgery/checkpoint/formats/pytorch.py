@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 NAME = "pytorch"
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-ENDINGS = (".pth", ".pt", ".bin")
+ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
 # What a training leaves beside the weights in the same format, and other formats' files.
 NO_WEIGHTS = re.compile(
     r"(training_args|common|optimizer|scheduler|rng_state\w*|scaler|\w*mp_rank\w*|tokenizer\w*|model_world_size\w*)\.(bin|pth?)"

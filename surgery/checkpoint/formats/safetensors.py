@@ -48,7 +48,12 @@ def read_header(path: Path) -> Header:
     """
     with readable(path), open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        if first == b"version ":
+            raise CheckpointError(
+                f"{path}: is a note of git-lfs where the weights should be: run `git lfs pull` there."
+            )
+        length = int.from_bytes(first, "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(
                 f"{path}: truncated or not a safetensors file: its header should be {length:,} bytes long, the file has "

@@ -111,6 +111,7 @@ def test_several_sub_folders_are_named(tmp_path: Path, pre: Tensors) -> None:
     ("files", "says"),
     [
         (["global_step10/mp_rank_00_model_states.pt", "latest", "zero_to_fp32.py"], "zero_to_fp32.py"),
+        (["mp_rank_00_model_states.pt"], "DeepSpeed ZeRO"),
         (["global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed ZeRO"),
         (["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"], "verl.model_merger"),
         (["iter_0000100/mp_rank_00/model_optim_rng.pt", "latest_checkpointed_iteration.txt"], "Megatron"),
@@ -132,3 +133,41 @@ def test_what_others_must_join_is_refused_with_the_command(
     code, _, err = call("fapm", "--pre", "pre", "--ft", "ft", cwd=tmp_path)
     assert code == 1
     assert says in err
+
+
+@pytest.mark.parametrize("given", ["ft", "ft/last.ckpt"])
+def test_lightnings_checkpoint_gets_the_names_that_transformers_loads(tmp_path: Path, pre: Tensors, given: str) -> None:
+    ft = fine_tuned(pre)
+    state = {"state_dict": {f"model.{name}": tensor for name, tensor in ft.items()}, "epoch": 1, "callbacks": {}}
+    torch.save(state, folder(tmp_path) / "last.ckpt")
+    code, out, err = call("half-reset", "--ratio", "0", "--pre", "pre", "--ft", given, "--out", "out", cwd=tmp_path)
+    assert code == 0, err
+    assert "model.model.embed_tokens.weight and its like are called model.embed_tokens.weight" in " ".join(out.split())
+    result = read_checkpoint(tmp_path / "out")
+    assert result.keys() == ft.keys()
+    assert all(torch.equal(result[name], ft[name]) for name in ft)
+
+
+def test_a_state_dict_under_the_name_of_torchs_tutorial_is_read(tmp_path: Path, pre: Tensors) -> None:
+    ft = fine_tuned(pre)
+    state = {"model_state_dict": ft, "optimizer_state_dict": {"state": {}, "param_groups": []}, "epoch": 3, "loss": 0.5}
+    torch.save(state, folder(tmp_path) / "checkpoint.pt")
+    kept(tmp_path, ft, "Wrote")
+
+
+def test_a_note_of_git_lfs_is_told(tmp_path: Path, pre: Tensors) -> None:
+    note = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 269060552\n"
+    (folder(tmp_path) / "model.safetensors").write_text(note)
+    code, _, err = call("fapm", "--pre", "pre", "--ft", "ft", cwd=tmp_path)
+    assert code == 1
+    assert "git lfs pull" in err
+
+
+def test_an_adapter_whose_numbers_zero3_kept_is_told(tmp_path: Path, pre: Tensors) -> None:
+    made = folder(tmp_path)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{module}.lora_{kind}.weight": torch.zeros(0) for kind in "AB"}, made / "adapter_model.safetensors")
+    (made / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    code, _, err = call("fapm", "--pre", "pre", "--ft", "ft", cwd=tmp_path)
+    assert code == 1
+    assert "stage3_gather_16bit_weights_on_model_save" in err
