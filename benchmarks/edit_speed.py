@@ -9,6 +9,7 @@ makes a pair of TinyLlama-1.1B's shape (ft = pre + noise) and times, in turn, as
     fapm, magnitude, half-reset, hma         python -m surgery …, from start-up to exit
     ties, dare                               likewise
     fapm of a .bin                           likewise, pre in torch's format in two shards
+    fapm of a .distcp                        likewise, pre as torch's distributed checkpoint
     diff, verify                             likewise; they write nothing
     extract, apply                           likewise; the task vector of fapm, and the checkpoint of it again
     mergekit ties, mergekit linear           mergekit-yaml: TIES at density 0.1, and the mean of both
@@ -52,7 +53,7 @@ NAMES = {
     "mergekit ties": "mergekit TIES",
     "mergekit linear": "mergekit linear",
 }
-LABELS = {**NAMES, "fapm of a .bin": "`surgery fapm`, pre a .bin"}
+LABELS = {**NAMES, "fapm of a .bin": "`surgery fapm`, pre a .bin", "fapm of a .distcp": "`surgery fapm`, pre a .distcp"}
 READERS = ("cat", "diff", "verify")  # compared with cat, the others with cp
 
 TIES = """\
@@ -137,6 +138,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement here")
     parser.add_argument("--generate-only", action="store_true", help="make the pair and stop")
     parser.add_argument("--bin", type=Path, metavar="DIR", help="write pre in torch's format there and stop")
+    parser.add_argument(
+        "--distcp", type=Path, metavar="DIR", help="write pre as a distributed checkpoint there and stop"
+    )
     options = parser.parse_args()
     if options.repeat < 1:
         parser.error("--repeat must be 1 or more")
@@ -145,6 +149,9 @@ def _options() -> argparse.Namespace:
         sys.exit()
     if options.bin:
         save_as_bin((options.pair or options.work / "pair") / "pre", options.bin)
+        sys.exit()
+    if options.distcp:
+        save_distributed((options.pair or options.work / "pair") / "pre", options.distcp)
         sys.exit()
     return options
 
@@ -169,8 +176,9 @@ def _contestants(pair: Path, work: Path, mergekit: Path | None) -> list[Contesta
     for name, options in own.items():
         command = [*surgery, name, "--pre", pre, "--ft", ft, "--out", str(out / name), *options]
         found.append(Contestant(name, command, out / name))
-    command = [*surgery, "fapm", "--pre", str(made / "bin"), "--ft", ft, "--out", str(out / "bin")]
-    found.append(Contestant("fapm of a .bin", command, out / "bin"))
+    for form in ("bin", "distcp"):
+        command = [*surgery, "fapm", "--pre", str(made / form), "--ft", ft, "--out", str(out / form)]
+        found.append(Contestant(f"fapm of a .{form}", command, out / form))
     found.append(Contestant("diff", [*surgery, "diff", "--pre", pre, "--ft", ft], None))
     delta = out / "task.safetensors"
     command = [*surgery, "extract", "--pre", pre, "--ft", ft, "--method", "fapm", "--out", str(delta)]
@@ -199,6 +207,7 @@ def _make(pair: Path, made: Path, names: Collection[str]) -> None:
     inputs = ["--pre", str(pair / "pre"), "--ft", str(pair / "ft")]
     commands = {
         "fapm of a .bin": [sys.executable, __file__, "--pair", str(pair), "--bin", str(made / "bin")],
+        "fapm of a .distcp": [sys.executable, __file__, "--pair", str(pair), "--distcp", str(made / "distcp")],
         "apply": [*surgery, "extract", *inputs, "--method", "fapm", "--out", str(made / "task.safetensors")],
         "verify": [*surgery, "fapm", *inputs, "--out", str(made / "fapm")],
     }
@@ -399,6 +408,17 @@ def save_as_bin(folder: Path, out: Path) -> None:
         weight_map |= dict.fromkeys(tensors, file)
     (out / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (out / "config.json").write_text((folder / "config.json").read_text())
+
+
+def save_distributed(folder: Path, out: Path) -> None:
+    """Save a checkpoint again as torch's distributed checkpoint of one process."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import state_dict_saver
+
+    tensors = {
+        name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
+    state_dict_saver.save({"model": tensors}, checkpoint_id=out, no_dist=True)
 
 
 def _config() -> dict[str, object]:
