@@ -4,10 +4,10 @@ rank models as real measures do?
     python ../shared/tools/real_pair.py --out pair
     python benchmarks/results.py --pre pair/pre --ft pair/ft --data ../shared/data --out build/results
 
-searches on 256 answers of GSM8K and on text that pre writes, and then scores what was found, all defaults and other settings on
-other answers, WikiText-2, BLiMP, ARC-Easy, PIQA and LAMBADA. It goes on from where it was stopped. OUT has the search's page,
-the comparison's (fresh/), and rank.csv: Spearman's correlation between self-KL and how much was forgotten of each measure,
-over all edits, with a 95% bootstrap interval over them.
+searches on 256 answers of GSM8K and on text that pre writes, and then scores what was found, the defaults of all methods that are
+not slow, and other settings, on other answers, WikiText-2, BLiMP, ARC-Easy, PIQA and LAMBADA. It goes on from where it was
+stopped. OUT has the search's page, the comparison's (fresh/), and rank.csv: Spearman's correlation between self-KL and how much
+was forgotten of each measure, over all edits, with a 95% bootstrap interval over them.
 """
 
 from __future__ import annotations
@@ -62,16 +62,15 @@ def main() -> None:
         run("wanda", *pair, *text, "--out", out / "wanda")
     both = surgery.open_pair(given.pre, given.ft)
     models: dict[str, Any] = {"auto": out / "best", "wanda": out / "wanda"}
-    slow: dict[str, Any] = {}
     for name, method in METHODS.items():
-        if not method.calibrated:
-            (slow if method.slow else models)[name] = surgery.edit(both, name)
+        if not method.calibrated and not method.slow:
+            models[name] = surgery.edit(both, name)
         for numbers in OTHERS.get(name, []):
             edit = surgery.edit(both, name, **numbers)
             models[edit.job.method.title()] = edit
     options: dict[str, Any] = {"task": fresh, "cache": out / "cache", "batch_size": 16}
     own = surgery.compare(both, models, general="self", **options)
-    found = surgery.compare(both, models | slow, general=general, **options)
+    found = surgery.compare(both, models, general=general, **options)
     found.write(out / "fresh")
     console = Console(width=100)
     console.print(str(found))

@@ -22,6 +22,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def asked(root: Path) -> Path:
+    (root / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return root
+
+
 @pytest.mark.parametrize(("option", "ending"), NAMES)
 def test_an_earlier_file_of_the_same_kind_is_replaced(root: Path, option: str, ending: str) -> None:
     name = f"made{ending}"
@@ -92,18 +98,18 @@ def test_norms_are_never_saved_over_weights(root: Path) -> None:
 
 
 @pytest.mark.parametrize("held", ["index.html", "results.csv", "items.csv", "pareto.png", "results.json", "thesis.tex"])
-def test_a_report_folder_that_holds_something_else_is_left_alone(root: Path, held: str) -> None:
-    (root / "folder").mkdir()
-    (root / "folder" / held).write_text('{"kind": "mine"}')
+def test_a_report_folder_that_holds_something_else_is_left_alone(asked: Path, held: str) -> None:
+    (asked / "folder").mkdir()
+    (asked / "folder" / held).write_text('{"kind": "mine"}')
     if held not in ("results.json", "thesis.tex"):  # beside results of surgery
-        (root / "folder/results.json").write_text(json.dumps({"kind": "compare", "rows": []}))
+        (asked / "folder/results.json").write_text(json.dumps({"kind": "compare", "rows": []}))
     words = ("compare", "--pre", "pre", "--ft", "ft", "--task", "task.jsonl", "--general", "task.jsonl")
-    refused(root, *words, "--report", "folder", says=("--report",))
+    refused(asked, *words, "--report", "folder", says=("--report",))
 
 
-def test_a_cache_is_never_in_an_input(root: Path) -> None:
+def test_a_cache_is_never_in_an_input(asked: Path) -> None:
     words = ("compare", "--pre", "pre", "--ft", "ft", "--task", "task.jsonl", "--general", "task.jsonl")
-    refused(root, *words, "--cache", "ft/cache", says=("--cache", "ft", "never written to"))
+    refused(asked, *words, "--cache", "ft/cache", says=("--cache", "ft", "never written to"))
 
 
 def test_the_home_folder_is_meant_by_a_tilde(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +135,7 @@ def test_the_home_folder_is_meant_by_a_tilde(root: Path, monkeypatch: pytest.Mon
         refused(root, *unknown, says=("~no-such-user",))
 
 
-def test_scores_of_a_search_are_never_kept_in_an_input(root: Path) -> None:
+def test_scores_of_a_search_are_never_kept_in_an_input(asked: Path) -> None:
     words = ("fapm", "--pre", "pre", "--ft", "ft", "--sparsity", "auto", "--max-forgetting", "0.1")
     scores = ("--task", "task.jsonl", "--general", "task.jsonl", "--cache", "ft/cache")
-    refused(root, *words, *scores, says=("--cache", "never written to"))
+    refused(asked, *words, *scores, says=("--cache", "never written to"))

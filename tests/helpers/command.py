@@ -60,7 +60,7 @@ def refused(root: Path, *words: str, says: tuple[str, ...]) -> None:
     assert (code, out) == (1, ""), err
     assert is_one_sentence(err), err
     for part in says:
-        assert part in err
+        assert part in err, err
     assert contents(root) == before
 
 
