@@ -195,7 +195,8 @@ def evaluate(
     """
     from surgery.evaluation.scores import BasedMeasure
 
-    found = (scoring := Scoring(limit=limit, **options)).find(_names(measures), metric=metric)
+    scoring = Scoring(limit=limit, **options)
+    found = scoring.find(_names(measures), metric=metric)
     if based := [measure.name for measure in found if isinstance(measure, BasedMeasure)]:
         raise OptionError(f"{based[0]} compares a model with its base: use `surgery.compare`.")
     with scoring.bench(found) as bench:

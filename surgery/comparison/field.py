@@ -14,7 +14,7 @@ from surgery.comparison.proof import Drop
 from surgery.comparison.race import Standing
 from surgery.errors import CheckpointError, OptionError
 from surgery.evaluation.bench import Scored
-from surgery.evaluation.scores import Measure, Scores, joined
+from surgery.evaluation.scores import Counted, Measure, Scores, joined
 from surgery.evaluation.subject import Subject
 
 FT = "ft"
@@ -61,13 +61,17 @@ def deal(counts: Mapping[str, int], seed: int) -> Halves:
     """
     choose, prove = dict[str, list[int]](), dict[str, list[int]]()
     for name, count in counts.items():
-        if count < LEAST:
-            raise OptionError(
-                f"{name}: has {count} items, and to choose on one half and prove on the other takes {LEAST} or more. Give more."
-            )
+        _check_enough(name, count)
         order = sorted(range(count), key=lambda place: hashlib.sha256(f"{seed} {name} {place}".encode()).digest())
         choose[name], prove[name] = order[: count // 2], order[count // 2 :]
     return Halves(choose, prove)
+
+
+def _check_enough(name: str, count: int) -> None:
+    if count < LEAST:
+        raise OptionError(
+            f"{name}: has {count} items, and to choose on one half and prove on the other takes {LEAST} or more. Give more."
+        )
 
 
 class Field:
@@ -102,6 +106,9 @@ class Field:
         seed: int,
     ) -> None:
         self.bench, self.tasks, self.general = bench, tasks, general
+        for measure in (*tasks, *general):  # before anything is scored, where it is known
+            if isinstance(measure, Counted):
+                _check_enough(measure.name, measure.count)
         if bench.fingerprint(subjects[1]) == bench.fingerprint(subjects[0]):
             raise OptionError("pre and ft hold the same weights, so there is nothing to repair. Check both paths.")
         self.pre = bench.score(subjects[0])

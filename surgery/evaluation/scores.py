@@ -182,6 +182,15 @@ class Measure(Protocol):
 
 
 @runtime_checkable
+class Counted(Measure, Protocol):
+    """A measure that knows how many items it has before any model is there."""
+
+    @property
+    def count(self) -> int:
+        """How many items it has."""
+
+
+@runtime_checkable
 class BasedMeasure(Measure, Protocol):
     """A measure that compares every model with a base model, which has to be asked first.
 

@@ -307,3 +307,19 @@ def test_ctrl_c_says_how_the_race_stood() -> None:
     race.stopped = True
     said = race._sentence(None, [])
     assert said.startswith("It was stopped before anything was proved, and nothing was written. Ahead was ")
+
+
+def test_too_few_items_are_refused_before_anything_is_scored() -> None:
+    @dataclass
+    class Small(Fake):
+        count: int = 6
+
+    class Untouched:
+        def fingerprint(self, subject: Subject) -> str:
+            raise AssertionError("nothing is read")
+
+        def score(self, subject: Subject, only: Mapping[str, Sequence[int]] | None = None) -> Scored:
+            raise AssertionError("nothing is scored")
+
+    with pytest.raises(OptionError, match="task: has 6 items"):
+        Field([subject("pre"), subject("ft")], [], [Small("task", "loss")], [GENERAL], Untouched(), 0)

@@ -38,6 +38,11 @@ class AnswerLoss:
     def __post_init__(self) -> None:
         self.settings = {"measure": "answer loss", "items": digest(self.rows)}
 
+    @property
+    def count(self) -> int:
+        """How many items it has."""
+        return len(self.rows)
+
     def score(self, model: LanguageModel, advance: Advance, only: Sequence[int] | None = None) -> Scores:
         """Measure a model; a row is an item, and weighs as many tokens as its answer has."""
         from surgery.model.likelihood import fit, loglikelihoods

@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from surgery.errors import OptionError
-from surgery.evaluation.scores import Kind, Measure, Scores
+from surgery.evaluation.scores import Counted, Kind, Measure, Scores
 
 if TYPE_CHECKING:
     from surgery.model.language_model import Advance, LanguageModel
-
-
-@runtime_checkable
-class Counted(Measure, Protocol):
-    """A measure that knows how many items it has before any model is there."""
-
-    @property
-    def count(self) -> int:
-        """How many."""
 
 
 @dataclass(eq=False)

@@ -47,6 +47,11 @@ class OwnText:
     def __post_init__(self) -> None:
         self.settings = {"measure": "own text", "passages": self.passages, "tokens": self.tokens, "seed": SEED}
 
+    @property
+    def count(self) -> int:
+        """How many items it has."""
+        return self.passages
+
     def bind(self, base: str) -> None:
         """Name the base, by a digest of all that it is."""
         self.settings = {**self.settings, "base": base}
