@@ -129,7 +129,7 @@ def _optional(kind: Any) -> Any:
 
 def _made(name: str, options: Sequence[Declared]) -> type:
     parts = [(one.name, one.kind, field(default=one.default, metadata={"option": one.option})) for one in options]
-    return make_dataclass(name, parts, frozen=True, kw_only=True)
+    return make_dataclass(name, parts, frozen=True, kw_only=True, repr=False, eq=False)
 
 
 def declared_options(kind: type) -> tuple[Declared, ...]:

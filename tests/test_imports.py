@@ -15,6 +15,7 @@ ORDER = (
     *(
         "errors",
         "interrupt",
+        "processes",
         "paths",
         "option",
         "text",

@@ -7,12 +7,12 @@ joins the draft and leaves it; the one that leaves last finds that all have writ
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery.errors import OptionError
+from surgery.processes import find_process
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,10 @@ def find_part(asked: str | None) -> Part | None:
     Raises:
         OptionError: it is no part, or both say something.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    launched = Part(int(os.environ["RANK"]) + 1, count) if count > 1 and "RANK" in os.environ else None
+    process = find_process()
     if asked is None:
-        return launched
-    if launched:
+        return None if process is None else Part(process.rank + 1, process.count)
+    if process is not None:
         raise OptionError("`part` is for processes that are started one by one: leave it out under torchrun.")
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", asked)
     if not found or not 1 <= int(found[1]) <= int(found[2]):

@@ -20,6 +20,7 @@ from surgery.errors import OptionError, OutputError
 from surgery.evaluation.scoring import Scoring
 from surgery.methods import METHODS
 from surgery.option import chosen, declared_options, flag, option, united, value_of
+from surgery.processes import find_process
 
 if TYPE_CHECKING:
     from surgery.comparison.auto import Found
@@ -88,7 +89,6 @@ def _auto(
     from surgery.comparison.folder import Folder
     from surgery.comparison.race import wanted
     from surgery.display import say
-    from surgery.evaluation.spread import find_process
     from surgery.evaluation.subject import open_subjects
 
     if find_process() is not None:

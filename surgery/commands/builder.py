@@ -58,7 +58,7 @@ def command(
 
     fields: list[Any] = [("context", typer.Context)]
     fields += [(one.name, _annotation(one), dataclass_field(default=_default(one))) for one in options]
-    made = make_dataclass("Options", fields, kw_only=True, namespace={"__post_init__": run})
+    made = make_dataclass("Options", fields, kw_only=True, repr=False, eq=False, namespace={"__post_init__": run})
     app.command(name, help=help or inspect.getdoc(act))(made)
 
 

@@ -12,6 +12,7 @@ from surgery.commands.shared import Pair, Shown
 from surgery.errors import CheckpointError
 from surgery.evaluation.scoring import Scoring
 from surgery.option import option
+from surgery.processes import is_first
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,11 @@ def _compare(pair: Pair, others: Others, shown: Shown, scoring: Scoring) -> None
     from surgery.comparison.compare import compare
     from surgery.comparison.display import scoring_progress, show
     from surgery.comparison.folder import Folder
-    from surgery.evaluation.spread import find_process, spread
+    from surgery.evaluation.spread import spread
     from surgery.evaluation.subject import open_subjects
 
     inputs = scoring.inputs(pair.pre, pair.ft, *others.checkpoints)
-    process = find_process()
-    folder = Folder(shown.report, inputs) if shown.report and (process is None or process.rank == 0) else None
+    folder = Folder(shown.report, inputs) if shown.report and is_first() else None
     subjects = open_subjects(pair.pre, pair.ft, others.checkpoints)
     tasks, general = scoring.measures(general=False)
     with scoring_progress(len(subjects)) as observe:

@@ -18,6 +18,7 @@ from surgery.errors import OptionError
 from surgery.evaluation.scoring import Scoring
 from surgery.methods import METHODS
 from surgery.option import Declared, Option, chosen, declared_options, flag, option, united
+from surgery.processes import is_first
 
 if TYPE_CHECKING:
     from surgery.comparison.sweep import Edits
@@ -104,7 +105,7 @@ def _sweep(
     from surgery.comparison.sweep import Edits, sweep
     from surgery.display import say
     from surgery.editing.job import plan
-    from surgery.evaluation.spread import find_process, spread
+    from surgery.evaluation.spread import spread
     from surgery.evaluation.subject import open_subjects
     from surgery.methods.method import main_option, swept_options
 
@@ -137,8 +138,7 @@ def _sweep(
     edits.check(one for group in groups for one in group)
     inputs = [*job.inputs, *scoring.inputs(pair.pre, pair.ft)]
     tasks, general = scoring.measures()
-    process = find_process()
-    folder = Folder(shown.report, inputs) if shown.report and (process is None or process.rank == 0) else None
+    folder = Folder(shown.report, inputs) if shown.report and is_first() else None
     for kind in calibrating:
         at, name = kinds.index(kind), main_option(kind).name
         jobs[kind.name] = with_norms(job, groups[at][0], calibrated, scoring.device)

@@ -7,9 +7,8 @@ finds every score, so that what it makes of them is what a process alone would m
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -17,42 +16,12 @@ from surgery.errors import CheckpointError, OptionError
 from surgery.evaluation.bench import Observe
 from surgery.evaluation.scoring import Scoring
 from surgery.evaluation.subject import Subject
+from surgery.processes import Process, find_process
 
 if TYPE_CHECKING:
     from surgery.evaluation.scores import Measure
 
 LONGEST = timedelta(days=30)  # for which processes wait for each other
-SET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
-
-
-@dataclass(frozen=True)
-class Process:
-    """One of several processes.
-
-    Attributes:
-        rank: its number, from 0; the first one shows the result.
-        count: how many there are.
-        local: its number among those of its machine.
-    """
-
-    rank: int
-    count: int
-    local: int
-
-    def device(self, asked: str) -> str:
-        """The device that is its own, where a GPU was asked for or may be taken."""
-        import torch
-
-        if asked not in ("auto", "cuda") or not torch.cuda.is_available():
-            return asked
-        return f"cuda:{self.local % torch.cuda.device_count()}"
-
-
-def find_process() -> Process | None:
-    """This process's place among torchrun's; None for a process that is alone."""
-    if not all(name in os.environ for name in SET) or int(os.environ["WORLD_SIZE"]) < 2:
-        return None
-    return Process(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def spread(
@@ -77,7 +46,7 @@ def spread(
         return scoring
     if scoring.cache is None:
         raise OptionError("Several processes share their scores in a folder that all of them see: give `cache`.")
-    scoring = replace(scoring, device=process.device(scoring.device))
+    scoring = replace(scoring, device=own_device(process, scoring.device))
     first = process.rank == 0
     with _together() as wait, scoring.bench(measures, observe if first else lambda *_: None) as bench:
         if first:
@@ -90,6 +59,15 @@ def spread(
                 bench.score(subject)
         wait()
     return scoring if first else None
+
+
+def own_device(process: Process, asked: str) -> str:
+    """The device that is a process's own, where a GPU was asked for or may be taken."""
+    import torch
+
+    if asked not in ("auto", "cuda") or not torch.cuda.is_available():
+        return asked
+    return f"cuda:{process.local % torch.cuda.device_count()}"
 
 
 @contextlib.contextmanager

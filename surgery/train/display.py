@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.progress import MofNCompleteColumn
 
 from surgery.display import Words, new_console, new_progress, new_table, show_json
 from surgery.option import with_flags
+from surgery.processes import is_first
 from surgery.text import brief, fixed, readable, share
 from surgery.train.report import said
 
@@ -29,7 +29,7 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet, self.leads = quiet, os.environ.get("RANK", "0") == "0"
+        self.quiet, self.leads = quiet, is_first()
         self.bar = new_progress(MofNCompleteColumn(), Words("says"), silent=not self.leads)
         self.round, self.begun = 0, (0.0, 0.0)
 

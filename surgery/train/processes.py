@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from surgery.errors import OptionError
+from surgery.processes import find_process
 
 TORCHRUN = "torchrun --nproc-per-node N -m surgery train …"
 
@@ -17,7 +18,8 @@ def find(*, fsdp: bool) -> tuple[int, int]:
     """
     import torch
 
-    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    process = find_process()
+    count, rank = (1, 0) if process is None else (process.count, process.rank)
     if count == 1 and torch.cuda.device_count() > 1:
         raise OptionError(
             f"This machine has several GPUs, and one process uses one: start with `{TORCHRUN}`, or choose one with "

@@ -112,6 +112,7 @@ def test_torchrun_says_which_part_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert find_part(None) is None, "without a rank, it is another program's"
     monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert find_part(None) == Part(3, 4)
     with pytest.raises(OptionError, match="under torchrun"):
         find_part("1/4")

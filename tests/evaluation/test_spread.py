@@ -18,7 +18,8 @@ from helpers.tiny_model import pair_of, questions
 from surgery.errors import CheckpointError, OptionError
 from surgery.evaluation import spread as module
 from surgery.evaluation.scoring import Scoring
-from surgery.evaluation.spread import Process, find_process, spread
+from surgery.evaluation.spread import own_device, spread
+from surgery.processes import Process, find_process
 
 WORDS = ["--pre", "pre", "--ft", "ft", "--task", "task.jsonl", "--general", "general.jsonl", "--json"]
 
@@ -112,8 +113,8 @@ def test_a_search_is_for_one_process(root: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Process(3, 4, 3).device("auto") == "auto"
+    assert own_device(Process(3, 4, 3), "auto") == "auto"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [Process(rank, 4, rank).device("auto") for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert [Process(1, 4, 1).device(asked) for asked in ("cuda", "cpu", "cuda:0")] == ["cuda:1", "cpu", "cuda:0"]
+    assert [own_device(Process(rank, 4, rank), "auto") for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [own_device(Process(1, 4, 1), asked) for asked in ("cuda", "cpu", "cuda:0")] == ["cuda:1", "cpu", "cuda:0"]
